@@ -1,0 +1,13 @@
+//! Plain types and their parsing: what an environment, a version and an interpreter are.
+//!
+//! Nothing here touches disk, kernel or network.
+
+mod digest;
+mod interpreter;
+mod name;
+mod version;
+
+pub use digest::{Digest, Hasher};
+pub use interpreter::{Interpreter, Markers};
+pub use name::EnvName;
+pub use version::{Builder, Conflict, Document, InterpreterRef, Source, VERSION_FORMAT, Version};

@@ -1,0 +1,22 @@
+//! Environment Fabric: Python environments built ahead of time, stored once, mounted everywhere.
+//!
+//! Data flows one way, and each room knows only the rooms before it:
+//!
+//! ```text
+//! environment   names, versions, locks: plain types
+//!      |
+//!    store      content-addressed objects, layers, published versions
+//!      |
+//!    build      lock -> layers -> version (uv installs, we ingest)
+//!    view       version -> merged tree, inode numbers
+//!      |
+//!    mount      FUSE over a view
+//!      |
+//!     cli       one file a verb
+//! ```
+
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+pub mod environment;
+pub mod error;
+pub mod store;

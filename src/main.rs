@@ -1,0 +1,3 @@
+//! The `envfabric` program.
+
+fn main() {}

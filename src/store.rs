@@ -1,0 +1,375 @@
+//! The store: one directory, usually on a NAS, that holds everything for ever.
+//!
+//! ```text
+//! <store>/
+//!   fabric.json                              format number, feature flags, a random id
+//!   blobs/<aa>/<sha256>                      one large file each; also locks and other documents
+//!   packs/<aa>/<sha256>                      the small files of one layer, one after the other
+//!   layers/<aa>/<digest>.catalog             a layer's tree as an immutable SQLite file
+//!   layers/<aa>/<digest>.json                a layer's document; a layer exists when this exists
+//!   keys/<aa>/<sha256>.json                  lock entry + ABI -> layer digest
+//!   interpreters/<name>.json                 a Python that environments can run on
+//!   envs/<workflow>/<node>/versions/<n>.json immutable version documents
+//!   envs/<workflow>/<node>/current/<seq>.json which version is current; the highest sequence number wins
+//!   tmp/                                     files that are being written
+//! ```
+//!
+//! **Concurrency.** There are no locks and no file is ever changed. Every file is written whole under `tmp/`, fsynced,
+//! and `link()`ed to its name ([`publish`]): the first to link wins, and whoever finds the name taken either finds its
+//! own bytes there (content addressing) or takes the next number. Objects are published before the documents that name
+//! them, documents before pointers, so a reader that follows pointers never meets half of anything. Readers open and
+//! read; they never trust directory times or a `stat` (NFS caches both).
+//!
+//! **What is lost by a crash** is what lies in `tmp/`, nothing else.
+
+mod catalog;
+mod environments;
+mod fsck;
+mod index;
+mod layer;
+mod layer_writer;
+mod publish;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+pub use catalog::{Catalog, Node, Place, Row, RowId};
+pub use environments::{Claimed, Pointer};
+pub use fsck::{Finding, FsckReport, Severity};
+pub use index::Index;
+pub use layer::{Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requirement, SMALL_FILE_MAX};
+pub use layer_writer::{LayerWriter, Staged, StagedKind};
+
+use crate::environment::{Digest, Interpreter};
+use crate::error::{Error, IoContext, Kind, Result};
+
+/// The store format that this program writes.
+pub const STORE_FORMAT: u32 = 1;
+
+/// Features that this program understands, of the kind that makes a store unreadable without them.
+const INCOMPATIBLE_KNOWN: &[&str] = &["raw-packs"];
+/// Features that this program understands, of the kind that only a writer must know.
+const READ_COMPATIBLE_KNOWN: &[&str] = &[];
+
+/// `fabric.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fabric {
+    /// [`STORE_FORMAT`].
+    pub format: u32,
+    /// Random, 32 hex digits; a node's index is kept per store id.
+    pub id: String,
+    /// When the store was made.
+    pub created: Timestamp,
+    /// Features in use, by what an older program may do without knowing them.
+    pub features: Features,
+}
+
+/// Feature flags, after ext4's: what may a program do that does not know a flag?
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Features {
+    /// Everything.
+    #[serde(default)]
+    pub compatible: Vec<String>,
+    /// Read.
+    #[serde(default)]
+    pub read_compatible: Vec<String>,
+    /// Nothing.
+    #[serde(default)]
+    pub incompatible: Vec<String>,
+}
+
+/// An interpreter that the store offers, `interpreters/<name>.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredInterpreter {
+    /// `cpython-3.11.7-x86_64-linux-gnu-<12 digits of the layer digest>`.
+    pub name: String,
+    /// Its files.
+    pub layer: Digest,
+    /// What a venv of it adds (`bin/activate`, `lib64`, ...).
+    pub scaffold: Digest,
+    /// What it is.
+    pub python: Interpreter,
+    /// Where it was taken from, for people.
+    pub origin: String,
+    /// When it was ingested.
+    pub created: Timestamp,
+}
+
+/// An open store.
+#[derive(Debug, Clone)]
+pub struct Store {
+    root: PathBuf,
+    fabric: Fabric,
+    writable: bool,
+}
+
+impl Store {
+    /// Makes a store in `root` (made if missing, else an empty directory), or opens the one that is there.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] when the directory has other things in it; errors of the file system.
+    pub fn init(root: &Path) -> Result<Store> {
+        if root.join("fabric.json").exists() {
+            return Store::open(root);
+        }
+        fs::create_dir_all(root).at("creating", root)?;
+        let foreign = fs::read_dir(root)
+            .at("reading", root)?
+            .filter_map(|entry| entry.ok())
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .find(|name| !ROOM_NAMES.contains(&name.as_str()) && name != "lost+found");
+        if let Some(foreign) = foreign {
+            return Err(Error::new(Kind::Invalid, format!("{} is not empty: it has {foreign:?}", root.display()))
+                .hint("name an empty or missing directory for the store"));
+        }
+        for room in ROOM_NAMES {
+            fs::create_dir_all(root.join(room)).at("creating", root.join(room))?;
+        }
+        let fabric = Fabric {
+            format: STORE_FORMAT,
+            id: publish::nonce()?,
+            created: now(),
+            features: Features { incompatible: vec!["raw-packs".into()], ..Features::default() },
+        };
+        let bytes = to_json(&fabric)?;
+        // Another `init` may win: then its store is the store.
+        publish::bytes(root, &root.join("fabric.json"), &bytes)?;
+        Store::open(root)
+    }
+
+    /// Opens the store in `root`.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] when there is none; [`Kind::Unsupported`] when it is of a newer format.
+    pub fn open(root: &Path) -> Result<Store> {
+        let root = std::path::absolute(root).at("finding", root)?;
+        let path = root.join("fabric.json");
+        let bytes = match publish::read(&path) {
+            Err(error) if error.is_not_found() => {
+                return Err(Error::new(Kind::NotFound, format!("there is no store at {}", root.display()))
+                    .hint("make one with `envfabric init`, or name another with --store"));
+            }
+            other => other?,
+        };
+        let newer = |what: String| {
+            Error::new(Kind::Unsupported, format!("the store at {} {what}", root.display()))
+                .hint("upgrade envfabric on this machine; the store was left as it is")
+        };
+        // The format number is read alone first: a newer format may have changed everything else.
+        #[derive(Deserialize)]
+        struct OnlyFormat {
+            format: u32,
+        }
+        let corrupt = |source: serde_json::Error| {
+            Error::new(Kind::Corrupt, format!("{} is not readable as a store description", path.display()))
+                .hint("restore fabric.json from a backup; nothing else in the store is affected")
+                .with_source(source)
+        };
+        let OnlyFormat { format } = serde_json::from_slice(&bytes).map_err(corrupt)?;
+        if format > STORE_FORMAT {
+            return Err(newer(format!("has format {format}, and this program knows up to {STORE_FORMAT}")));
+        }
+        let fabric: Fabric = serde_json::from_slice(&bytes).map_err(corrupt)?;
+        let unknown = |used: &[String], known: &[&str]| used.iter().find(|f| !known.contains(&f.as_str())).cloned();
+        if let Some(feature) = unknown(&fabric.features.incompatible, INCOMPATIBLE_KNOWN) {
+            return Err(newer(format!("uses {feature:?}, which this program does not know")));
+        }
+        let writable = unknown(&fabric.features.read_compatible, READ_COMPATIBLE_KNOWN).is_none();
+        Ok(Store { root, fabric, writable })
+    }
+
+    /// The directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// What `fabric.json` says.
+    pub fn fabric(&self) -> &Fabric {
+        &self.fabric
+    }
+
+    /// Fails when the store has features that a writer must know and this program does not.
+    pub fn require_writable(&self) -> Result<()> {
+        if self.writable {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Unsupported,
+            format!("the store at {} has features that this program may only read", self.root.display()),
+        )
+        .hint("upgrade envfabric on this machine to write to this store"))
+    }
+
+    fn sharded(&self, room: &str, name: &str) -> PathBuf {
+        self.root.join(room).join(&name[..2]).join(name)
+    }
+
+    /// Where a blob lies.
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.sharded("blobs", &digest.to_string())
+    }
+
+    /// Where a pack lies.
+    pub fn pack_path(&self, digest: &Digest) -> PathBuf {
+        self.sharded("packs", &digest.to_string())
+    }
+
+    /// Where a layer's catalog lies.
+    pub fn catalog_path(&self, layer: &Digest) -> PathBuf {
+        self.sharded("layers", &format!("{layer}.catalog"))
+    }
+
+    /// Where a layer's document lies.
+    pub fn layer_path(&self, layer: &Digest) -> PathBuf {
+        self.sharded("layers", &format!("{layer}.json"))
+    }
+
+    fn key_path(&self, key: &Digest) -> PathBuf {
+        self.sharded("keys", &format!("{key}.json"))
+    }
+
+    /// Directory for files that are being written; on the same file system as everything else here.
+    pub fn tmp(&self) -> PathBuf {
+        self.root.join("tmp")
+    }
+
+    /// Makes sure that a blob with these bytes is there, and returns its digest.
+    pub fn ensure_blob(&self, bytes: &[u8]) -> Result<Digest> {
+        self.require_writable()?;
+        let digest = Digest::of(bytes);
+        publish::ensure_bytes(&self.root, &self.blob_path(&digest), bytes)?;
+        Ok(digest)
+    }
+
+    /// Makes sure that the file `source` is there as a blob. `digest` must be its sha256: the copy is hashed while it
+    /// is made, and a difference is an error.
+    pub fn ensure_blob_file(&self, source: &Path, digest: &Digest) -> Result<()> {
+        self.require_writable()?;
+        publish::ensure_file(&self.root, &self.blob_path(digest), source, digest)
+    }
+
+    /// The bytes of a blob that is known to be small (a lock, a document), verified.
+    pub fn read_blob(&self, digest: &Digest) -> Result<Vec<u8>> {
+        let path = self.blob_path(digest);
+        let bytes = publish::read(&path)?;
+        if Digest::of(&bytes) != *digest {
+            return Err(Error::new(
+                Kind::Corrupt,
+                format!("blob {} does not have the bytes of its name", path.display()),
+            )
+            .hint("run `envfabric fsck`"));
+        }
+        Ok(bytes)
+    }
+
+    /// A layer's document.
+    pub fn layer(&self, layer: &Digest) -> Result<LayerDoc> {
+        let path = self.layer_path(layer);
+        let doc: LayerDoc =
+            read_json(&path).map_err(|e| e.context(format!("layer {} cannot be read", layer.short())))?;
+        if doc.digest != *layer {
+            return Err(Error::new(Kind::Corrupt, format!("{} describes another layer", path.display()))
+                .hint("run `envfabric fsck`"));
+        }
+        Ok(doc)
+    }
+
+    /// Opens a layer's catalog.
+    pub fn catalog(&self, layer: &Digest) -> Result<Catalog> {
+        Catalog::open(&self.catalog_path(layer), layer)
+    }
+
+    /// The layer that a key stands for, if one was built and is there.
+    pub fn layer_of_key(&self, key: &Digest) -> Result<Option<Digest>> {
+        match read_json::<KeyDoc>(&self.key_path(key)) {
+            Ok(doc) => Ok(Some(doc.layer)),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Lets `key` stand for `layer`, unless it stands for another already; returns the one it stands for.
+    ///
+    /// Two builders may build one source distribution to two different layers: the first to publish wins.
+    pub fn publish_key(&self, key: &Digest, layer: &Digest) -> Result<Digest> {
+        self.require_writable()?;
+        let path = self.key_path(key);
+        if publish::bytes(&self.root, &path, &to_json(&KeyDoc { layer: *layer })?)? {
+            return Ok(*layer);
+        }
+        Ok(read_json::<KeyDoc>(&path)?.layer)
+    }
+
+    /// The interpreters of the store, newest version first.
+    pub fn interpreters(&self) -> Result<Vec<StoredInterpreter>> {
+        let dir = self.root.join("interpreters");
+        let mut found = Vec::new();
+        for name in list_names(&dir)? {
+            if name.ends_with(".json") {
+                found.push(read_json::<StoredInterpreter>(&dir.join(&name))?);
+            }
+        }
+        found.sort_by_key(|i: &StoredInterpreter| std::cmp::Reverse((version_key(&i.python.version), i.name.clone())));
+        Ok(found)
+    }
+
+    /// Publishes an interpreter; one with the same name is the same interpreter and stays.
+    pub fn publish_interpreter(&self, interpreter: &StoredInterpreter) -> Result<()> {
+        self.require_writable()?;
+        let path = self.root.join("interpreters").join(format!("{}.json", interpreter.name));
+        publish::bytes(&self.root, &path, &to_json(interpreter)?).map(|_| ())
+    }
+}
+
+/// Directories of a store.
+const ROOM_NAMES: [&str; 7] = ["blobs", "packs", "layers", "keys", "interpreters", "envs", "tmp"];
+
+#[derive(Serialize, Deserialize)]
+struct KeyDoc {
+    layer: Digest,
+}
+
+/// Numbers of a version for sorting; letters count as a break.
+fn version_key(version: &str) -> Vec<u64> {
+    version.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
+}
+
+/// The time now, to the second.
+pub fn now() -> Timestamp {
+    Timestamp::from_second(Timestamp::now().as_second()).unwrap_or(Timestamp::UNIX_EPOCH)
+}
+
+fn to_json<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+    let mut bytes = serde_json::to_vec(value)
+        .map_err(|source| Error::new(Kind::Failed, "a document cannot be written as JSON").with_source(source))?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = publish::read(path)?;
+    serde_json::from_slice(&bytes).map_err(|source| {
+        Error::new(Kind::Corrupt, format!("{} is damaged or of an unknown format", path.display()))
+            .hint("run `envfabric fsck` to see what is affected")
+            .with_source(source)
+    })
+}
+
+/// Names in a directory; none when it does not exist.
+fn list_names(dir: &Path) -> Result<Vec<String>> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.at("reading", dir)?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        if let Ok(name) = entry.at("reading", dir)?.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}

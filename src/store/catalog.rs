@@ -1,0 +1,389 @@
+//! Catalogs: a layer's tree as an immutable SQLite file.
+//!
+//! ```sql
+//! meta(key, value)                                              -- format, digest, rows, pack
+//! entry(parent, name, id, kind, mode, size, digest, offset, target, PRIMARY KEY (parent, name)) WITHOUT ROWID
+//! entry_id(id)                                                  -- unique index, for answers by inode number
+//! ```
+//!
+//! Rows are numbered from 0, the root, in order of path, so a parent's number is below its children's. A file of the
+//! catalog is opened `immutable=1`, read-only, with `trusted_schema` off and defensive mode on: it may come from anywhere.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, OpenFlags, OptionalExtension};
+
+use super::layer::Canon;
+use crate::environment::Digest;
+use crate::error::{Error, Kind, Result};
+
+/// Number of a row in its layer; 0 is the root.
+pub type RowId = u32;
+
+/// The catalog format that this program writes.
+pub(super) const CATALOG_FORMAT: i64 = 1;
+
+pub(super) const SCHEMA: &str = "
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+    CREATE TABLE entry (
+        parent INTEGER NOT NULL,
+        name BLOB NOT NULL,
+        id INTEGER NOT NULL,
+        kind INTEGER NOT NULL,
+        mode INTEGER NOT NULL,
+        size INTEGER NOT NULL,
+        digest BLOB,
+        offset INTEGER,
+        target BLOB,
+        PRIMARY KEY (parent, name)
+    ) WITHOUT ROWID;
+    CREATE UNIQUE INDEX entry_id ON entry (id);
+";
+
+const COLUMNS: &str = "id, parent, name, kind, mode, size, digest, offset, target";
+
+/// One row: a directory, file or symlink of a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// Its number.
+    pub id: RowId,
+    /// The directory that it is in; the root is its own parent.
+    pub parent: RowId,
+    /// Its name, one path component; empty for the root.
+    pub name: Vec<u8>,
+    /// What it is.
+    pub node: Node,
+}
+
+/// What a row is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Node {
+    /// A directory.
+    Dir {
+        /// How many directories are directly in it.
+        subdirs: u32,
+    },
+    /// A regular file.
+    File {
+        /// Bytes.
+        size: u64,
+        /// Mode 0755 instead of 0644.
+        executable: bool,
+        /// sha256 of its bytes.
+        digest: Digest,
+        /// Where its bytes lie.
+        place: Place,
+    },
+    /// A symbolic link.
+    Symlink {
+        /// What it points to.
+        target: Vec<u8>,
+    },
+}
+
+/// Where the bytes of a file lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In the layer's pack, from this byte on.
+    Pack {
+        /// Bytes from the beginning of the pack.
+        offset: u64,
+    },
+    /// In the blob named by the file's digest.
+    Blob,
+}
+
+impl Node {
+    /// Permission bits: 0755, 0644, or 0777 for a symlink.
+    pub fn mode(&self) -> u16 {
+        match self {
+            Node::Dir { .. } => 0o755,
+            Node::File { executable: true, .. } => 0o755,
+            Node::File { executable: false, .. } => 0o644,
+            Node::Symlink { .. } => 0o777,
+        }
+    }
+
+    /// True for a directory.
+    pub fn is_dir(&self) -> bool {
+        matches!(self, Node::Dir { .. })
+    }
+
+    pub(super) fn kind_number(&self) -> i64 {
+        match self {
+            Node::Dir { .. } => 0,
+            Node::File { .. } => 1,
+            Node::Symlink { .. } => 2,
+        }
+    }
+}
+
+/// An open catalog.
+///
+/// Holds one SQLite connection (about 150 KB and a descriptor), so it is `Send` but not `Sync`.
+#[derive(Debug)]
+pub struct Catalog {
+    db: Connection,
+    layer: Digest,
+    rows: u32,
+    pack: Option<Digest>,
+}
+
+impl Catalog {
+    /// Opens the file at `path`, which must be the catalog of `layer`.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] when it is missing; [`Kind::Corrupt`] when it is cut off, of another layer, or no catalog.
+    pub fn open(path: &Path, layer: &Digest) -> Result<Catalog> {
+        check_length(path)?;
+        let damaged = |source: rusqlite::Error| corrupt(path, "cannot be read").with_source(source);
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
+        let db = Connection::open_with_flags(immutable_uri(path), flags).map_err(damaged)?;
+        db.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true).map_err(damaged)?;
+        db.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false).map_err(damaged)?;
+        db.set_prepared_statement_cache_capacity(8);
+        let text = |key: &str| -> Result<Option<String>> {
+            db.query_row("SELECT CAST(value AS TEXT) FROM meta WHERE key = ?1", [key], |r| r.get(0))
+                .optional()
+                .map_err(damaged)
+        };
+        let format = text("format")?.and_then(|v| v.parse::<i64>().ok());
+        match format {
+            Some(CATALOG_FORMAT) => {}
+            Some(newer) if newer > CATALOG_FORMAT => {
+                return Err(Error::new(Kind::Unsupported, format!("catalog {} has format {newer}", path.display()))
+                    .hint("upgrade envfabric on this machine"));
+            }
+            _ => return Err(corrupt(path, "has no format number")),
+        }
+        if text("layer")?.as_deref() != Some(layer.to_string().as_str()) {
+            return Err(corrupt(path, "belongs to another layer"));
+        }
+        let rows =
+            text("rows")?.and_then(|v| v.parse::<u32>().ok()).ok_or_else(|| corrupt(path, "has no row count"))?;
+        let pack = match text("pack")? {
+            Some(digest) => Some(digest.parse()?),
+            None => None,
+        };
+        Ok(Catalog { db, layer: *layer, rows, pack })
+    }
+
+    /// The layer.
+    pub fn layer(&self) -> &Digest {
+        &self.layer
+    }
+
+    /// How many rows there are, the root included.
+    pub fn len(&self) -> u32 {
+        self.rows
+    }
+
+    /// Never true: there is always a root.
+    pub fn is_empty(&self) -> bool {
+        self.rows == 0
+    }
+
+    /// The pack of the small files.
+    pub fn pack(&self) -> Option<&Digest> {
+        self.pack.as_ref()
+    }
+
+    /// The row called `name` in directory `parent`.
+    pub fn lookup(&self, parent: RowId, name: &[u8]) -> Result<Option<Row>> {
+        self.one(&format!("SELECT {COLUMNS} FROM entry WHERE parent = ?1 AND name = ?2 AND id > 0"), (parent, name))
+    }
+
+    /// The row with number `id`.
+    pub fn row(&self, id: RowId) -> Result<Option<Row>> {
+        self.one(&format!("SELECT {COLUMNS} FROM entry WHERE id = ?1"), (id,))
+    }
+
+    /// Everything directly in `parent`, sorted by name (bytes).
+    pub fn list(&self, parent: RowId) -> Result<Vec<Row>> {
+        let sql = format!("SELECT {COLUMNS} FROM entry WHERE parent = ?1 AND id > 0 ORDER BY name");
+        self.many(&sql, (parent,))
+    }
+
+    /// All rows in order of their numbers.
+    pub fn all(&self) -> Result<Vec<Row>> {
+        self.many(&format!("SELECT {COLUMNS} FROM entry ORDER BY id"), ())
+    }
+
+    /// The path of row `id` below the layer's root, components joined by `/`; empty for the root.
+    pub fn path_of(&self, id: RowId) -> Result<Vec<u8>> {
+        let mut parts: Vec<Vec<u8>> = Vec::new();
+        let mut next = id;
+        while next != 0 {
+            let row = self.row(next)?.ok_or_else(|| self.damaged(&format!("has no row {next}")))?;
+            parts.push(row.name);
+            next = row.parent; // below `next`, or `decode` would have refused it: this ends
+        }
+        parts.reverse();
+        Ok(parts.join(&b'/'))
+    }
+
+    /// The row at `path` below the root (components joined by `/`).
+    pub fn find(&self, path: &[u8]) -> Result<Option<Row>> {
+        let Some(mut at) = self.row(0)? else { return Ok(None) };
+        for part in path.split(|b| *b == b'/').filter(|p| !p.is_empty()) {
+            match self.lookup(at.id, part)? {
+                Some(row) => at = row,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(at))
+    }
+
+    /// Reads every row and computes the layer's digest from them; an error when it is not the layer's.
+    /// Returns the rows.
+    pub fn verify(&self) -> Result<Vec<Row>> {
+        let rows = self.all()?;
+        if rows.len() as u32 != self.rows || rows.iter().enumerate().any(|(i, r)| i as u32 != r.id) {
+            return Err(self.damaged("does not have the rows it counts"));
+        }
+        let mut canon = Canon::default();
+        let mut paths: Vec<Vec<u8>> = Vec::with_capacity(rows.len());
+        for row in &rows {
+            let path = match row.id {
+                0 => Vec::new(),
+                _ if row.parent == 0 => row.name.clone(),
+                _ => [paths[row.parent as usize].as_slice(), b"/", &row.name].concat(),
+            };
+            canon.row(&path, &row.node);
+            paths.push(path);
+        }
+        if canon.finish() != self.layer {
+            return Err(self.damaged("does not have the rows that its digest names"));
+        }
+        Ok(rows)
+    }
+
+    fn damaged(&self, what: &str) -> Error {
+        Error::new(Kind::Corrupt, format!("the catalog of layer {} {what}", self.layer.short()))
+            .hint("run `envfabric fsck`")
+    }
+
+    fn one(&self, sql: &str, params: impl rusqlite::Params) -> Result<Option<Row>> {
+        let read = |e: rusqlite::Error| self.damaged("cannot be read").with_source(e);
+        let mut statement = self.db.prepare_cached(sql).map_err(read)?;
+        let raw = statement.query_row(params, RawRow::read).optional().map_err(read)?;
+        raw.map(|raw| raw.decode(self.rows).map_err(|what| self.damaged(&what))).transpose()
+    }
+
+    fn many(&self, sql: &str, params: impl rusqlite::Params) -> Result<Vec<Row>> {
+        let read = |e: rusqlite::Error| self.damaged("cannot be read").with_source(e);
+        let mut statement = self.db.prepare_cached(sql).map_err(read)?;
+        let raws = statement.query_map(params, RawRow::read).map_err(read)?;
+        raws.map(|raw| raw.map_err(read)?.decode(self.rows).map_err(|what| self.damaged(&what))).collect()
+    }
+}
+
+struct RawRow {
+    id: i64,
+    parent: i64,
+    name: Vec<u8>,
+    kind: i64,
+    mode: i64,
+    size: i64,
+    digest: Option<Vec<u8>>,
+    offset: Option<i64>,
+    target: Option<Vec<u8>>,
+}
+
+impl RawRow {
+    fn read(row: &rusqlite::Row<'_>) -> rusqlite::Result<RawRow> {
+        Ok(RawRow {
+            id: row.get(0)?,
+            parent: row.get(1)?,
+            name: row.get(2)?,
+            kind: row.get(3)?,
+            mode: row.get(4)?,
+            size: row.get(5)?,
+            digest: row.get(6)?,
+            offset: row.get(7)?,
+            target: row.get(8)?,
+        })
+    }
+
+    /// Checks everything that the rest of the program relies on.
+    fn decode(self, rows: u32) -> Result<Row, String> {
+        let id = u32::try_from(self.id).ok().filter(|id| *id < rows).ok_or("has a row number out of range")?;
+        let parent = u32::try_from(self.parent).ok().filter(|p| *p < id || (id == 0 && *p == 0));
+        let parent = parent.ok_or_else(|| format!("has row {id} above its parent"))?;
+        if !is_component(&self.name) && id != 0 {
+            return Err(format!("has a bad name in row {id}"));
+        }
+        let size = u64::try_from(self.size).map_err(|_| format!("has a negative size in row {id}"))?;
+        let node = match (self.kind, self.digest, self.target) {
+            (0, None, None) => {
+                Node::Dir { subdirs: u32::try_from(size).map_err(|_| "has a bad directory".to_string())? }
+            }
+            (1, Some(digest), None) => {
+                let digest =
+                    <[u8; 32]>::try_from(digest.as_slice()).map_err(|_| format!("has a bad digest in row {id}"))?;
+                let place = match self.offset {
+                    None => Place::Blob,
+                    Some(offset) => Place::Pack {
+                        offset: u64::try_from(offset).map_err(|_| format!("has a bad offset in row {id}"))?,
+                    },
+                };
+                Node::File { size, executable: self.mode & 0o111 != 0, digest: Digest::from_bytes(digest), place }
+            }
+            (2, None, Some(target)) if !target.is_empty() && target.len() < 4096 && !target.contains(&0) => {
+                Node::Symlink { target }
+            }
+            _ => return Err(format!("has a row {id} of no known kind")),
+        };
+        Ok(Row { id, parent, name: self.name, node })
+    }
+}
+
+/// True for what may stand as one path component in a layer.
+pub(super) fn is_component(name: &[u8]) -> bool {
+    !name.is_empty()
+        && name.len() <= 255
+        && name != b"."
+        && name != b".."
+        && !name.contains(&b'/')
+        && !name.contains(&0)
+}
+
+fn corrupt(path: &Path, what: &str) -> Error {
+    Error::new(Kind::Corrupt, format!("catalog {} {what}", path.display())).hint("run `envfabric fsck`")
+}
+
+/// A cut-off file is told before SQLite meets it: the header says how many pages there are.
+fn check_length(path: &Path) -> Result<()> {
+    use crate::error::IoContext;
+    use std::io::Read;
+    let mut file = std::fs::File::open(path).at("opening", path)?;
+    let length = file.metadata().at("reading", path)?.len();
+    let mut header = [0u8; 32];
+    if length < 100 || file.read_exact(&mut header).is_err() || &header[..16] != b"SQLite format 3\0" {
+        return Err(corrupt(path, "is not a SQLite file or is cut off"));
+    }
+    let page_size = match u16::from_be_bytes([header[16], header[17]]) {
+        1 => 65536,
+        n => u64::from(n),
+    };
+    let pages = u64::from(u32::from_be_bytes([header[28], header[29], header[30], header[31]]));
+    if page_size * pages != length {
+        return Err(corrupt(path, &format!("is cut off: {length} bytes of {}", page_size * pages)));
+    }
+    Ok(())
+}
+
+/// `file:` URI of an absolute path, everything but safe characters escaped.
+fn immutable_uri(path: &Path) -> String {
+    let mut uri = String::from("file:");
+    for byte in path.as_os_str().as_bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'/' | b'.' | b'_' | b'-' => uri.push(*byte as char),
+            other => uri.push_str(&format!("%{other:02X}")),
+        }
+    }
+    uri.push_str("?immutable=1");
+    uri
+}

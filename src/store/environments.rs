@@ -1,0 +1,354 @@
+//! Versions and the pointers that say which one is current.
+//!
+//! `versions/<n>.json` is claimed by linking: whoever links a number first owns it, the loser takes the next.
+//! `current/<seq>.json` likewise; the highest sequence number wins. A builder moves the pointer only forward: each
+//! pointer carries the newest version that any pointer before it named, and a slow builder whose version is older than
+//! that leaves the pointer alone. Going back is for `rollback`, which says so explicitly.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::{Store, list_names, now, publish, read_json, to_json};
+use crate::environment::{EnvName, VERSION_FORMAT, Version};
+use crate::error::{Error, Kind, Result};
+use std::path::PathBuf;
+
+/// `current/<seq>.json`: which version is current since when.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pointer {
+    /// Format of this document, 1.
+    pub format: u32,
+    /// Counts from 1.
+    pub sequence: u64,
+    /// The current version; none once the environment was removed.
+    pub version: Option<u64>,
+    /// The newest version that this or any earlier pointer named.
+    pub newest: u64,
+    /// When.
+    pub at: Timestamp,
+    /// Host that wrote it.
+    pub by: String,
+    /// `create`, `rollback` or `remove`.
+    pub reason: String,
+    /// Random.
+    pub nonce: String,
+}
+
+/// What became of a version that was published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Claimed {
+    /// It is the current version now.
+    Current(Version),
+    /// It is published, but a newer one was current already and stays.
+    Superseded(Version, u64),
+}
+
+impl Claimed {
+    /// The published version.
+    pub fn version(&self) -> &Version {
+        match self {
+            Claimed::Current(version) | Claimed::Superseded(version, _) => version,
+        }
+    }
+}
+
+impl Store {
+    fn env_dir(&self, name: &EnvName) -> PathBuf {
+        self.root.join("envs").join(name.workflow()).join(name.node())
+    }
+
+    fn version_path(&self, name: &EnvName, number: u64) -> PathBuf {
+        self.env_dir(name).join("versions").join(format!("{number}.json"))
+    }
+
+    fn pointer_path(&self, name: &EnvName, sequence: u64) -> PathBuf {
+        self.env_dir(name).join("current").join(format!("{sequence}.json"))
+    }
+
+    /// Every workflow that ever had an environment, sorted.
+    pub fn workflows(&self) -> Result<Vec<String>> {
+        let mut names = list_names(&self.root.join("envs"))?;
+        names.retain(|name| EnvName::is_part(name));
+        Ok(names)
+    }
+
+    /// Every node that ever was in `workflow`, removed ones included, sorted.
+    pub fn nodes(&self, workflow: &str) -> Result<Vec<String>> {
+        if !EnvName::is_part(workflow) {
+            return Ok(Vec::new());
+        }
+        let mut names = list_names(&self.root.join("envs").join(workflow))?;
+        names.retain(|name| EnvName::is_part(name));
+        Ok(names)
+    }
+
+    /// Every environment that has a current version, with its pointer, sorted.
+    pub fn environments(&self) -> Result<Vec<(EnvName, Pointer)>> {
+        let mut found = Vec::new();
+        for workflow in self.workflows()? {
+            for node in self.nodes(&workflow)? {
+                let name = EnvName::new(&workflow, &node)?;
+                if let Some(pointer) = self.pointer(&name)?.filter(|p| p.version.is_some()) {
+                    found.push((name, pointer));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// The numbers of all published versions, ascending.
+    pub fn version_numbers(&self, name: &EnvName) -> Result<Vec<u64>> {
+        numbers(&self.env_dir(name).join("versions"))
+    }
+
+    /// Version `number`.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] when there is none of that number, [`Kind::Unsupported`] when it is of a newer format.
+    pub fn version(&self, name: &EnvName, number: u64) -> Result<Version> {
+        let path = self.version_path(name, number);
+        let bytes = publish::read(&path).map_err(|error| match error.is_not_found() {
+            true => Error::new(Kind::NotFound, format!("{name} has no version {number}"))
+                .hint(format!("see `envfabric versions {name}`")),
+            false => error,
+        })?;
+        let corrupt = |source: serde_json::Error| {
+            Error::new(Kind::Corrupt, format!("version document {} is damaged", path.display()))
+                .hint(format!("roll back to another: `envfabric versions {name}`; then run `envfabric fsck`"))
+                .with_source(source)
+        };
+        #[derive(Deserialize)]
+        struct OnlyFormat {
+            format: u32,
+        }
+        let OnlyFormat { format } = serde_json::from_slice(&bytes).map_err(corrupt)?;
+        if format > VERSION_FORMAT {
+            return Err(Error::new(Kind::Unsupported, format!("version {number} of {name} has format {format}"))
+                .hint("upgrade envfabric on this machine"));
+        }
+        let version: Version = serde_json::from_slice(&bytes).map_err(corrupt)?;
+        if version.environment != *name || version.number != number {
+            return Err(Error::new(Kind::Corrupt, format!("{} describes another version", path.display()))
+                .hint("run `envfabric fsck`"));
+        }
+        Ok(version)
+    }
+
+    /// The pointer in force, if the name was ever used.
+    pub fn pointer(&self, name: &EnvName) -> Result<Option<Pointer>> {
+        let dir = self.env_dir(name).join("current");
+        let mut tries = 0;
+        loop {
+            let Some(mut sequence) = numbers(&dir)?.last().copied() else { return Ok(None) };
+            // A cached listing may be old; the next name is asked for directly, which NFS does not answer from it.
+            let mut pointer = read_json::<Pointer>(&self.pointer_path(name, sequence));
+            while pointer.is_ok() {
+                match read_json::<Pointer>(&self.pointer_path(name, sequence + 1)) {
+                    Err(error) if error.is_not_found() => break,
+                    next => pointer = next,
+                }
+                sequence += 1;
+            }
+            match pointer {
+                // Collected between listing and opening: a newer one is there.
+                Err(error) if error.is_not_found() && tries < 3 => tries += 1,
+                other => return other.map(Some),
+            }
+        }
+    }
+
+    /// The current version of `name`.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] when there is no such environment or it was removed.
+    pub fn current(&self, name: &EnvName) -> Result<Version> {
+        match self.pointer(name)?.and_then(|p| p.version) {
+            Some(number) => self.version(name, number),
+            None => Err(no_environment(name)),
+        }
+    }
+
+    /// Publishes `draft` under the next free number (`number` and `nonce` of the draft are ignored) and makes it
+    /// current. Every object that it names must be in the store already.
+    pub fn publish_version(&self, mut draft: Version) -> Result<Claimed> {
+        self.require_writable()?;
+        let name = draft.environment.clone();
+        draft.nonce = publish::nonce()?;
+        let newest = self.pointer(&name)?.map_or(0, |p| p.newest);
+        let mut number = self.version_numbers(&name)?.last().copied().unwrap_or(0).max(newest) + 1;
+        loop {
+            draft.number = number;
+            if publish::bytes(&self.root, &self.version_path(&name, number), &to_json(&draft)?)? {
+                break;
+            }
+            number += 1;
+        }
+        match self.point(&name, Some(number), "create")? {
+            Some(_) => Ok(Claimed::Current(draft)),
+            None => {
+                let newest = self.pointer(&name)?.map_or(number, |p| p.newest);
+                Ok(Claimed::Superseded(draft, newest))
+            }
+        }
+    }
+
+    /// Makes version `number` current, whatever is now.
+    pub fn rollback(&self, name: &EnvName, number: u64) -> Result<Pointer> {
+        self.version(name, number)?;
+        self.point(name, Some(number), "rollback")?.ok_or_else(|| no_environment(name))
+    }
+
+    /// Drops the name. Versions stay on the store, and [`Store::rollback`] brings the name back.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] when there is no such environment.
+    pub fn remove(&self, name: &EnvName) -> Result<Pointer> {
+        self.point(name, None, "remove")?.ok_or_else(|| no_environment(name))
+    }
+
+    /// Claims the next sequence number. None when the rule of `reason` says to leave the pointer as it is.
+    fn point(&self, name: &EnvName, version: Option<u64>, reason: &str) -> Result<Option<Pointer>> {
+        self.require_writable()?;
+        let nonce = publish::nonce()?;
+        loop {
+            let now_current = self.pointer(name)?;
+            let newest = now_current.as_ref().map_or(0, |p| p.newest);
+            let leave = match reason {
+                "create" => version.is_some_and(|number| number <= newest),
+                "remove" => now_current.as_ref().is_none_or(|p| p.version.is_none()),
+                _ => false,
+            };
+            if leave {
+                return Ok(None);
+            }
+            let pointer = Pointer {
+                format: 1,
+                sequence: now_current.map_or(0, |p| p.sequence) + 1,
+                version,
+                newest: newest.max(version.unwrap_or(0)),
+                at: now(),
+                by: host(),
+                reason: reason.into(),
+                nonce: nonce.clone(),
+            };
+            let path = self.pointer_path(name, pointer.sequence);
+            if publish::bytes(&self.root, &path, &to_json(&pointer)?)? {
+                return Ok(Some(pointer));
+            }
+        }
+    }
+}
+
+fn no_environment(name: &EnvName) -> Error {
+    Error::new(Kind::NotFound, format!("there is no environment {name}"))
+        .hint(format!("see `envfabric list`, or make it with `envfabric create {name} ...`"))
+}
+
+/// The numbers `n` of files `<n>.json`, ascending.
+fn numbers(dir: &std::path::Path) -> Result<Vec<u64>> {
+    let names = list_names(dir)?;
+    let mut numbers: Vec<u64> = names.iter().filter_map(|n| n.strip_suffix(".json")?.parse().ok()).collect();
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// The name of this host.
+pub(crate) fn host() -> String {
+    nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_else(|| "unknown".into())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::environment::{Builder, Digest, InterpreterRef, Source};
+
+    pub(crate) fn draft(name: &str) -> Version {
+        Version {
+            format: VERSION_FORMAT,
+            environment: name.parse().unwrap(),
+            number: 0,
+            created: now(),
+            interpreter: InterpreterRef {
+                layer: Digest::of(b"python"),
+                version: "3.11.7".into(),
+                executable: "bin/python3.11".into(),
+            },
+            scaffold: Digest::of(b"scaffold"),
+            layers: vec![],
+            lock: None,
+            pyproject: None,
+            source: Source::Requirements { requirements: vec![], files: vec![] },
+            builder: Builder { envfabric: "0".into(), uv: None, host: "h".into() },
+            conflicts: vec![],
+            nonce: String::new(),
+        }
+    }
+
+    #[test]
+    fn numbers_are_never_used_twice_not_even_after_remove() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(dir.path()).unwrap();
+        let name: EnvName = "demo/a".parse().unwrap();
+        assert!(store.current(&name).unwrap_err().is_not_found());
+        assert_eq!(store.publish_version(draft("demo/a")).unwrap().version().number, 1);
+        store.remove(&name).unwrap();
+        assert!(store.current(&name).unwrap_err().is_not_found());
+        assert!(store.remove(&name).unwrap_err().is_not_found());
+        assert_eq!(store.publish_version(draft("demo/a")).unwrap().version().number, 2);
+        store.rollback(&name, 1).unwrap();
+        assert_eq!(store.current(&name).unwrap().number, 1);
+        assert_eq!(store.publish_version(draft("demo/a")).unwrap().version().number, 3);
+        assert_eq!(store.current(&name).unwrap().number, 3);
+        assert!(store.rollback(&name, 9).unwrap_err().is_not_found());
+    }
+
+    #[test]
+    fn a_slow_builder_never_overwrites_a_newer_version_or_a_rollback() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(dir.path()).unwrap();
+        let name: EnvName = "demo/a".parse().unwrap();
+        for _ in 0..3 {
+            store.publish_version(draft("demo/a")).unwrap();
+        }
+        // As a builder would that had claimed version 2 and slept.
+        assert_eq!(store.point(&name, Some(2), "create").unwrap(), None);
+        store.rollback(&name, 1).unwrap();
+        assert_eq!(store.point(&name, Some(2), "create").unwrap(), None);
+        assert_eq!(store.current(&name).unwrap().number, 1);
+    }
+
+    #[test]
+    fn many_publishers_get_a_number_each() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(dir.path()).unwrap();
+        let mut numbers: Vec<u64> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8)
+                .map(|_| {
+                    scope.spawn(|| {
+                        (0..10)
+                            .map(|_| store.publish_version(draft("w/n")).unwrap().version().number)
+                            .collect::<Vec<_>>()
+                    })
+                })
+                .collect();
+            threads.into_iter().flat_map(|t| t.join().unwrap()).collect()
+        });
+        numbers.sort_unstable();
+        assert_eq!(numbers, (1..=80).collect::<Vec<u64>>());
+        assert_eq!(store.current(&"w/n".parse().unwrap()).unwrap().number, 80);
+    }
+
+    #[test]
+    fn a_newer_or_damaged_version_document_is_told_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(dir.path()).unwrap();
+        let name: EnvName = "demo/a".parse().unwrap();
+        store.publish_version(draft("demo/a")).unwrap();
+        let path = store.version_path(&name, 1);
+        for (bytes, kind) in [("{\"format\":99}", Kind::Unsupported), ("{\"for", Kind::Corrupt), ("", Kind::Corrupt)] {
+            std::fs::remove_file(&path).unwrap();
+            std::fs::write(&path, bytes).unwrap();
+            assert_eq!(store.current(&name).unwrap_err().kind(), kind);
+        }
+    }
+}

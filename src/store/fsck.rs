@@ -1,0 +1,320 @@
+//! Checks every object of a store against its name, and every reference against what is there.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::layer_writer::{PACK_MAGIC, hash_file};
+use super::{Node, Place, Store, list_names};
+use crate::environment::{Digest, EnvName};
+use crate::error::{IoContext, Kind, Result};
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Severity {
+    /// Nothing is wrong; worth knowing.
+    Note,
+    /// An environment is damaged, or would be.
+    Error,
+}
+
+/// One thing that was found.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Finding {
+    /// How bad.
+    pub severity: Severity,
+    /// The object: a path below the store, or `workflow/node@3`.
+    pub object: String,
+    /// What is wrong with it.
+    pub problem: String,
+    /// Versions (`workflow/node@3`) that need it, at most 20.
+    pub affects: Vec<String>,
+}
+
+/// What a check of a store found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct FsckReport {
+    /// Layers checked.
+    pub layers: usize,
+    /// Blobs and packs read and hashed.
+    pub objects: usize,
+    /// Bytes read and hashed.
+    pub bytes: u64,
+    /// Version documents checked.
+    pub versions: usize,
+    /// Everything found, worst first.
+    pub findings: Vec<Finding>,
+}
+
+impl FsckReport {
+    /// True when no environment is damaged.
+    pub fn is_clean(&self) -> bool {
+        self.findings.iter().all(|f| f.severity == Severity::Note)
+    }
+}
+
+/// What one layer needs and whether it is whole.
+struct LayerState {
+    problems: Vec<(String, String)>,
+}
+
+impl Store {
+    /// Checks the whole store. `progress` is told `(done, total)` objects, from several threads.
+    pub fn fsck(&self, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<FsckReport> {
+        let mut report = FsckReport::default();
+        let objects = self.check_objects(&mut report, progress)?;
+        let layers = self.check_layers(&mut report, &objects)?;
+        self.check_keys_and_interpreters(&mut report, &layers)?;
+        self.check_environments(&mut report, &layers, &objects)?;
+        let left = list_names(&self.tmp())?.len();
+        if left > 0 {
+            let problem = format!("{left} unfinished files (of running or killed commands)");
+            report.findings.push(note("tmp".into(), problem));
+        }
+        report.findings.sort_by(|a, b| b.severity.cmp(&a.severity).then_with(|| a.cmp(b)));
+        Ok(report)
+    }
+
+    /// Hashes every blob and pack; returns those that are sound, by digest, with their length.
+    fn check_objects(
+        &self,
+        report: &mut FsckReport,
+        progress: &(dyn Fn(usize, usize) + Sync),
+    ) -> Result<BTreeMap<(&'static str, Digest), u64>> {
+        let mut files: Vec<(&'static str, PathBuf)> = Vec::new();
+        for room in ["blobs", "packs"] {
+            for shard in list_names(&self.root.join(room))? {
+                let dir = self.root.join(room).join(shard);
+                files.extend(list_names(&dir)?.into_iter().map(|name| (room, dir.join(name))));
+            }
+        }
+        let total = files.len();
+        let done = std::sync::atomic::AtomicUsize::new(0);
+        let checked: Vec<_> = files
+            .par_iter()
+            .map(|(room, path)| {
+                let result = check_object(room, path);
+                progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, total);
+                (*room, path, result)
+            })
+            .collect();
+        let mut sound = BTreeMap::new();
+        for (room, path, result) in checked {
+            match result {
+                Ok((digest, size)) => {
+                    report.objects += 1;
+                    report.bytes += size;
+                    sound.insert((room, digest), size);
+                }
+                Err(problem) => report.findings.push(error(self.relative(path), problem)),
+            }
+        }
+        Ok(sound)
+    }
+
+    fn check_layers(
+        &self,
+        report: &mut FsckReport,
+        objects: &BTreeMap<(&'static str, Digest), u64>,
+    ) -> Result<BTreeMap<Digest, LayerState>> {
+        let mut digests = BTreeSet::new();
+        for shard in list_names(&self.root.join("layers"))? {
+            for name in list_names(&self.root.join("layers").join(&shard))? {
+                let stem = name.strip_suffix(".json").or_else(|| name.strip_suffix(".catalog"));
+                match stem.and_then(|s| s.parse::<Digest>().ok()) {
+                    Some(digest) => {
+                        digests.insert(digest);
+                    }
+                    None => report.findings.push(note(format!("layers/{shard}/{name}"), "is not ours".into())),
+                }
+            }
+        }
+        let states: BTreeMap<Digest, LayerState> =
+            digests.into_par_iter().map(|digest| (digest, self.check_layer(&digest, objects))).collect();
+        report.layers = states.len();
+        Ok(states)
+    }
+
+    fn check_layer(&self, digest: &Digest, objects: &BTreeMap<(&'static str, Digest), u64>) -> LayerState {
+        let mut problems = Vec::new();
+        let doc_path = self.relative(&self.layer_path(digest));
+        let doc = match self.layer(digest) {
+            Ok(doc) => doc,
+            Err(error) if error.is_not_found() => return LayerState { problems }, // never finished; harmless
+            Err(error) => return LayerState { problems: vec![(doc_path, error.chain())] },
+        };
+        let catalog_path = self.relative(&self.catalog_path(digest));
+        match self.catalog(digest).and_then(|c| c.verify().map(|rows| (c.pack().copied(), rows))) {
+            Err(error) => problems.push((catalog_path, error.chain())),
+            Ok((pack, rows)) => {
+                let pack_size = pack.map(|p| (p, objects.get(&("packs", p)).copied()));
+                if let Some((pack, None)) = pack_size {
+                    problems.push((self.relative(&self.pack_path(&pack)), "is missing or damaged".into()));
+                }
+                let mut missing = BTreeSet::new();
+                for row in rows {
+                    let Node::File { size, digest, place, .. } = row.node else { continue };
+                    match place {
+                        Place::Blob if objects.get(&("blobs", digest)) != Some(&size) => {
+                            missing.insert(digest);
+                        }
+                        Place::Pack { offset } => {
+                            if let Some((_, Some(length))) = pack_size
+                                && offset.checked_add(size).is_none_or(|end| end > length)
+                            {
+                                problems.push((catalog_path.clone(), format!("row {} lies beyond its pack", row.id)));
+                            }
+                        }
+                        Place::Blob => {}
+                    }
+                }
+                for blob in missing {
+                    problems.push((self.relative(&self.blob_path(&blob)), "is missing or damaged".into()));
+                }
+                if pack != doc.pack {
+                    problems.push((doc_path, "names another pack than the catalog".into()));
+                }
+            }
+        }
+        LayerState { problems }
+    }
+
+    fn check_keys_and_interpreters(
+        &self,
+        report: &mut FsckReport,
+        layers: &BTreeMap<Digest, LayerState>,
+    ) -> Result<()> {
+        for shard in list_names(&self.root.join("keys"))? {
+            for name in list_names(&self.root.join("keys").join(&shard))? {
+                let object = format!("keys/{shard}/{name}");
+                let Some(key) = name.strip_suffix(".json").and_then(|s| s.parse::<Digest>().ok()) else {
+                    report.findings.push(note(object, "is not ours".into()));
+                    continue;
+                };
+                match self.layer_of_key(&key) {
+                    Ok(Some(layer)) if layers.contains_key(&layer) => {}
+                    Ok(_) => report.findings.push(error(object, "stands for a layer that is not there".into())),
+                    Err(e) => report.findings.push(error(object, e.chain())),
+                }
+            }
+        }
+        match self.interpreters() {
+            Ok(interpreters) => {
+                for interpreter in interpreters {
+                    for layer in [interpreter.layer, interpreter.scaffold] {
+                        if !layers.contains_key(&layer) {
+                            let object = format!("interpreters/{}.json", interpreter.name);
+                            report.findings.push(error(object, format!("layer {layer} is not there")));
+                        }
+                    }
+                }
+            }
+            Err(e) => report.findings.push(error("interpreters".into(), e.chain())),
+        }
+        Ok(())
+    }
+
+    fn check_environments(
+        &self,
+        report: &mut FsckReport,
+        layers: &BTreeMap<Digest, LayerState>,
+        objects: &BTreeMap<(&'static str, Digest), u64>,
+    ) -> Result<()> {
+        // Problem -> versions that have it; a damaged blob is told once, with everything that needs it.
+        let mut problems: BTreeMap<(String, String), Vec<String>> = BTreeMap::new();
+        for workflow in self.workflows()? {
+            for node in self.nodes(&workflow)? {
+                let name = EnvName::new(&workflow, &node)?;
+                let numbers = self.version_numbers(&name)?;
+                match self.pointer(&name) {
+                    Ok(Some(pointer)) => {
+                        if let Some(number) = pointer.version.filter(|n| !numbers.contains(n)) {
+                            report
+                                .findings
+                                .push(error(name.to_string(), format!("current version {number} is missing")));
+                        }
+                    }
+                    Ok(None) => report.findings.push(note(name.to_string(), "was never finished".into())),
+                    Err(e) => report.findings.push(error(name.to_string(), e.chain())),
+                }
+                for number in numbers {
+                    report.versions += 1;
+                    let object = format!("{name}@{number}");
+                    let version = match self.version(&name, number) {
+                        Ok(version) => version,
+                        Err(e) if e.kind() == Kind::Unsupported => {
+                            report.findings.push(note(object, e.chain()));
+                            continue;
+                        }
+                        Err(e) => {
+                            report.findings.push(error(object, e.chain()));
+                            continue;
+                        }
+                    };
+                    for layer in version.layers.iter().chain([&version.interpreter.layer, &version.scaffold]) {
+                        match layers.get(layer) {
+                            None => {
+                                let missing = (format!("layer {layer}"), "is not in the store".to_string());
+                                problems.entry(missing).or_default().push(object.clone());
+                            }
+                            Some(state) => {
+                                for problem in &state.problems {
+                                    problems.entry(problem.clone()).or_default().push(object.clone());
+                                }
+                            }
+                        }
+                    }
+                    for document in version.lock.iter().chain(&version.pyproject) {
+                        if !objects.contains_key(&("blobs", document.blob)) {
+                            let path = self.relative(&self.blob_path(&document.blob));
+                            let problem = (path, format!("({}) is missing or damaged", document.name));
+                            problems.entry(problem).or_default().push(object.clone());
+                        }
+                    }
+                }
+            }
+        }
+        // Layers that no version needs are checked too.
+        for problem in layers.values().flat_map(|s| &s.problems) {
+            problems.entry(problem.clone()).or_default();
+        }
+        for ((object, problem), mut affects) in problems {
+            affects.truncate(20);
+            report.findings.push(Finding { severity: Severity::Error, object, problem, affects });
+        }
+        Ok(())
+    }
+
+    fn relative(&self, path: &Path) -> String {
+        path.strip_prefix(&self.root).unwrap_or(path).display().to_string()
+    }
+}
+
+fn check_object(room: &str, path: &Path) -> Result<(Digest, u64), String> {
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    let expected: Digest = name.parse().map_err(|_| "is not ours".to_string())?;
+    let (size, digest) = hash_file(path).map_err(|e| e.chain())?;
+    if digest != expected {
+        return Err("does not have the bytes of its name".into());
+    }
+    if room == "packs" {
+        let mut magic = [0u8; PACK_MAGIC.len()];
+        let read = fs::File::open(path).and_then(|mut f| std::io::Read::read_exact(&mut f, &mut magic));
+        if read.at("reading", path).is_err() || &magic != PACK_MAGIC {
+            return Err("is not a pack".into());
+        }
+    }
+    Ok((digest, size))
+}
+
+fn error(object: String, problem: String) -> Finding {
+    Finding { severity: Severity::Error, object, problem, affects: Vec::new() }
+}
+
+fn note(object: String, problem: String) -> Finding {
+    Finding { severity: Severity::Note, object, problem, affects: Vec::new() }
+}

@@ -1,0 +1,191 @@
+//! The index: what this machine knows of one store, in a SQLite database on its local disk.
+//!
+//! It only repeats what the store says (layer documents, keys) or what was found out here (proofs, by a name of their
+//! own), so losing it costs time and nothing else: a damaged one is thrown away and a new one begun.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rayon::prelude::*;
+use rusqlite::{Connection, OptionalExtension};
+
+use super::{LayerDoc, Store};
+use crate::environment::Digest;
+use crate::error::{Error, IoContext, Kind, Result};
+
+/// Bumped when the tables change; an index of another number is thrown away.
+const INDEX_FORMAT: i64 = 1;
+
+/// The index of one store on this machine.
+#[derive(Debug)]
+pub struct Index {
+    db: Mutex<Connection>,
+    layers: Mutex<HashMap<Digest, Arc<LayerDoc>>>,
+    path: PathBuf,
+}
+
+impl Index {
+    /// Opens the index of `store` in directory `dir` (made if missing).
+    pub fn open(dir: &Path, store: &Store) -> Result<Index> {
+        fs::create_dir_all(dir).at("creating", dir)?;
+        let path = dir.join(format!("index-{}.sqlite", store.fabric().id));
+        let db = match open(&path) {
+            Ok(db) => db,
+            Err(first) => {
+                tracing::warn!(path = %path.display(), error = %first, "the index is unusable and is begun anew");
+                for suffix in ["", "-wal", "-shm"] {
+                    let _ = fs::remove_file(format!("{}{suffix}", path.display()));
+                }
+                open(&path).map_err(|source| {
+                    Error::new(Kind::Failed, format!("the index {} cannot be opened", path.display()))
+                        .hint("check that the directory is writable and on a local disk")
+                        .with_source(source)
+                })?
+            }
+        };
+        Ok(Index { db: Mutex::new(db), layers: Mutex::default(), path })
+    }
+
+    /// The database file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn db(&self) -> MutexGuard<'_, Connection> {
+        self.db.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The documents of `layers`, in their order; those not known yet are read from the store, several at a time.
+    pub fn layers(&self, store: &Store, layers: &[Digest]) -> Result<Vec<Arc<LayerDoc>>> {
+        let mut found: HashMap<Digest, Arc<LayerDoc>> = HashMap::new();
+        {
+            let memory = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+            found.extend(layers.iter().filter_map(|d| memory.get(d).map(|doc| (*d, doc.clone()))));
+        }
+        {
+            let db = self.db();
+            let mut select = db.prepare_cached("SELECT doc FROM layer WHERE digest = ?1")?;
+            for digest in layers {
+                if found.contains_key(digest) {
+                    continue;
+                }
+                let text: Option<String> = select.query_row([digest.as_bytes()], |r| r.get(0)).optional()?;
+                if let Some(doc) = text.and_then(|t| serde_json::from_str::<LayerDoc>(&t).ok()) {
+                    found.insert(*digest, Arc::new(doc));
+                }
+            }
+        }
+        let missing: Vec<Digest> = layers.iter().filter(|d| !found.contains_key(d)).copied().collect();
+        if !missing.is_empty() {
+            let read: Vec<Arc<LayerDoc>> =
+                missing.par_iter().map(|d| store.layer(d).map(Arc::new)).collect::<Result<_>>()?;
+            let mut db = self.db();
+            let transaction = db.transaction()?;
+            for doc in &read {
+                let text = serde_json::to_string(&**doc).unwrap_or_default();
+                transaction.execute("INSERT OR REPLACE INTO layer VALUES (?1, ?2)", (doc.digest.as_bytes(), text))?;
+            }
+            transaction.commit()?;
+            found.extend(read.into_iter().map(|doc| (doc.digest, doc)));
+        }
+        let mut memory = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut docs = Vec::with_capacity(layers.len());
+        for digest in layers {
+            let doc = found
+                .get(digest)
+                .cloned()
+                .ok_or_else(|| Error::new(Kind::NotFound, format!("layer {} is not in the store", digest.short())))?;
+            memory.insert(*digest, doc.clone());
+            docs.push(doc);
+        }
+        Ok(docs)
+    }
+
+    /// The document of one layer.
+    pub fn layer(&self, store: &Store, layer: &Digest) -> Result<Arc<LayerDoc>> {
+        self.layers(store, std::slice::from_ref(layer))?
+            .pop()
+            .ok_or_else(|| Error::new(Kind::NotFound, format!("layer {} is not in the store", layer.short())))
+    }
+
+    /// The layer that `key` stands for, where its document is still in the store.
+    pub fn layer_of_key(&self, store: &Store, key: &Digest) -> Result<Option<Digest>> {
+        let known: Option<Vec<u8>> = self
+            .db()
+            .prepare_cached("SELECT layer FROM key WHERE key = ?1")?
+            .query_row([key.as_bytes()], |r| r.get(0))
+            .optional()?;
+        let known = known.and_then(|b| <[u8; 32]>::try_from(b).ok()).map(Digest::from_bytes);
+        let layer = match known {
+            Some(layer) => Some(layer),
+            None => store.layer_of_key(key)?,
+        };
+        let Some(layer) = layer else { return Ok(None) };
+        // What the index repeats may have gone from the store since.
+        if fs::File::open(store.layer_path(&layer)).is_err() {
+            self.db().execute("DELETE FROM key WHERE key = ?1", [key.as_bytes()])?;
+            return Ok(None);
+        }
+        if known.is_none() {
+            self.db().execute("INSERT OR REPLACE INTO key VALUES (?1, ?2)", (key.as_bytes(), layer.as_bytes()))?;
+        }
+        Ok(Some(layer))
+    }
+
+    /// What was noted under `name`.
+    pub fn note(&self, name: &str) -> Result<Option<String>> {
+        let db = self.db();
+        let mut select = db.prepare_cached("SELECT value FROM note WHERE name = ?1")?;
+        Ok(select.query_row([name], |r| r.get(0)).optional()?)
+    }
+
+    /// Notes `value` under `name`.
+    pub fn set_note(&self, name: &str, value: &str) -> Result<()> {
+        self.db().execute("INSERT OR REPLACE INTO note VALUES (?1, ?2)", (name, value))?;
+        Ok(())
+    }
+}
+
+fn open(path: &Path) -> Result<Connection, rusqlite::Error> {
+    let db = Connection::open(path)?;
+    db.busy_timeout(Duration::from_secs(30))?;
+    db.pragma_update(None, "journal_mode", "WAL")?;
+    db.pragma_update(None, "synchronous", "NORMAL")?;
+    let format: i64 = db.pragma_query_value(None, "user_version", |r| r.get(0))?;
+    if format != INDEX_FORMAT {
+        db.execute_batch(
+            "BEGIN IMMEDIATE;
+             DROP TABLE IF EXISTS layer; DROP TABLE IF EXISTS key; DROP TABLE IF EXISTS note;
+             CREATE TABLE layer (digest BLOB PRIMARY KEY, doc TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE key (key BLOB PRIMARY KEY, layer BLOB NOT NULL) WITHOUT ROWID;
+             CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+             PRAGMA user_version = 1;
+             COMMIT;",
+        )?;
+    }
+    db.query_row("SELECT count(*) FROM note WHERE name = ''", [], |_| Ok(()))?;
+    Ok(db)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_index_is_begun_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(&dir.path().join("store")).unwrap();
+        let index = Index::open(dir.path(), &store).unwrap();
+        index.set_note("a", "b").unwrap();
+        let path = index.path().to_path_buf();
+        drop(index);
+        fs::write(&path, b"this is no database, and it is long enough to be looked at as one").unwrap();
+        let index = Index::open(dir.path(), &store).unwrap();
+        assert_eq!(index.note("a").unwrap(), None);
+        index.set_note("a", "c").unwrap();
+        assert_eq!(index.note("a").unwrap().as_deref(), Some("c"));
+    }
+}

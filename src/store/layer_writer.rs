@@ -1,0 +1,453 @@
+//! Ingests staged files as a layer: blobs, pack, catalog, document, in that order.
+
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::{self, File};
+use std::io::{BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use rusqlite::{Connection, MAIN_DB};
+
+use super::catalog::{CATALOG_FORMAT, Node, Place, SCHEMA, is_component};
+use super::layer::{Canon, LayerDoc, LayerMeta, SMALL_FILE_MAX};
+use super::{Store, publish, to_json};
+use crate::environment::{Digest, Hasher};
+use crate::error::{Error, IoContext, Kind, Result};
+
+/// First bytes of a pack, so that `file` and people can tell what it is.
+pub(super) const PACK_MAGIC: &[u8; 16] = b"envfabric-pack1\n";
+
+/// One thing that goes into a layer.
+#[derive(Debug, Clone)]
+pub struct Staged {
+    /// Where, relative to the layer's root, components joined by `/`.
+    pub path: Vec<u8>,
+    /// What.
+    pub kind: StagedKind,
+}
+
+/// What goes into a layer.
+#[derive(Debug, Clone)]
+pub enum StagedKind {
+    /// A directory; needed only where it would be empty, as parents come by themselves.
+    Dir,
+    /// A file with the bytes of the file `source`.
+    File {
+        /// Read while the layer is written; must not change meanwhile.
+        source: PathBuf,
+        /// Mode 0755 instead of 0644.
+        executable: bool,
+    },
+    /// A file with these bytes.
+    Bytes {
+        /// The bytes.
+        content: Vec<u8>,
+        /// Mode 0755 instead of 0644.
+        executable: bool,
+    },
+    /// A symbolic link.
+    Symlink {
+        /// What it points to, as it is.
+        target: Vec<u8>,
+    },
+}
+
+/// Writes layers into one store.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerWriter<'a> {
+    store: &'a Store,
+}
+
+/// A file with its digest, before it has a place.
+enum Content {
+    Small(Vec<u8>),
+    Large(PathBuf),
+    LargeBytes(Vec<u8>),
+}
+
+struct Prepared {
+    node: Node,
+    content: Option<Content>,
+}
+
+impl<'a> LayerWriter<'a> {
+    /// A writer into `store`.
+    pub fn new(store: &'a Store) -> Self {
+        LayerWriter { store }
+    }
+
+    /// Makes sure that the layer with these files is in the store and returns its document.
+    ///
+    /// The same files give the same digest on every machine; times, owners and the order of `staged` do not count. If
+    /// the layer is there already, nothing is written and the document that is there is returned.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] for a path with `..`, an empty or over-long component, or two things at one path.
+    pub fn write(&self, meta: LayerMeta, staged: Vec<Staged>) -> Result<LayerDoc> {
+        self.store.require_writable()?;
+        let tree = complete_tree(staged)?;
+        let mut rows: Vec<(Vec<u8>, Prepared)> =
+            tree.into_par_iter().map(|(path, kind)| prepare(&path, kind).map(|p| (path, p))).collect::<Result<_>>()?;
+        rows.sort_by(|a, b| by_component(&a.0, &b.0));
+        count_subdirs(&mut rows);
+
+        let mut canon = Canon::default();
+        for (path, row) in &rows {
+            canon.row(path, &row.node);
+        }
+        let digest = canon.finish();
+        match self.store.layer(&digest) {
+            Ok(doc) => return Ok(doc),
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error),
+        }
+
+        let blobs = self.write_blobs(&rows)?;
+        let pack = self.write_pack(&mut rows)?;
+        let catalog = catalog_bytes(&digest, pack.as_ref(), &rows)?;
+        let path = self.store.catalog_path(&digest);
+        // Another SQLite version may have written other bytes with the same rows: either will do.
+        publish::bytes(self.store.root(), &path, &catalog)?;
+
+        let files = rows.iter().filter(|(_, r)| matches!(r.node, Node::File { .. })).count() as u32;
+        let bytes = rows.iter().map(|(_, r)| if let Node::File { size, .. } = r.node { size } else { 0 }).sum();
+        let doc = LayerDoc {
+            format: 1,
+            digest,
+            claims: claims(rows.iter().filter(|(_, r)| !r.node.is_dir()).map(|(path, _)| path.as_slice())),
+            meta,
+            rows: rows.len() as u32,
+            files,
+            bytes,
+            pack,
+            blobs,
+        };
+        let path = self.store.layer_path(&digest);
+        if publish::bytes(self.store.root(), &path, &to_json(&doc)?)? { Ok(doc) } else { self.store.layer(&digest) }
+    }
+
+    fn write_blobs(&self, rows: &[(Vec<u8>, Prepared)]) -> Result<Vec<Digest>> {
+        let blobs = rows
+            .par_iter()
+            .filter_map(|(_, row)| match (&row.node, &row.content) {
+                (Node::File { digest, .. }, Some(Content::Large(source))) => {
+                    Some(self.store.ensure_blob_file(source, digest).map(|()| *digest))
+                }
+                (Node::File { .. }, Some(Content::LargeBytes(bytes))) => Some(self.store.ensure_blob(bytes)),
+                _ => None,
+            })
+            .collect::<Result<BTreeSet<Digest>>>()?;
+        Ok(blobs.into_iter().collect())
+    }
+
+    /// Writes the small files one after the other, in order of path, equal ones once; gives each its offset.
+    fn write_pack(&self, rows: &mut [(Vec<u8>, Prepared)]) -> Result<Option<Digest>> {
+        if !rows.iter().any(|(_, r)| matches!(r.content, Some(Content::Small(_)))) {
+            return Ok(None);
+        }
+        let mut temporary = publish::Temporary::create(self.store.root())?;
+        let tmp_path = temporary.path().to_path_buf();
+        let mut hasher = Hasher::default();
+        let mut at = 0u64;
+        let mut seen: HashMap<Digest, u64> = HashMap::new();
+        {
+            let mut out = BufWriter::with_capacity(1 << 20, temporary.file());
+            let mut put = |bytes: &[u8]| -> Result<u64> {
+                hasher.update(bytes);
+                out.write_all(bytes).at("writing", &tmp_path)?;
+                at += bytes.len() as u64;
+                Ok(at - bytes.len() as u64)
+            };
+            put(PACK_MAGIC)?;
+            for (_, row) in rows.iter_mut() {
+                let (Node::File { digest, place, .. }, Some(Content::Small(bytes))) = (&mut row.node, &row.content)
+                else {
+                    continue;
+                };
+                let offset = match seen.get(digest) {
+                    Some(offset) => *offset,
+                    None => {
+                        let offset = put(bytes)?;
+                        seen.insert(*digest, offset);
+                        offset
+                    }
+                };
+                *place = Place::Pack { offset };
+            }
+            out.flush().at("writing", &tmp_path)?;
+        }
+        let digest = hasher.finish();
+        temporary.link(&self.store.pack_path(&digest))?;
+        Ok(Some(digest))
+    }
+}
+
+/// Orders paths component by component, so that a directory's content directly follows it.
+fn by_component(a: &[u8], b: &[u8]) -> Ordering {
+    a.split(|c| *c == b'/').cmp(b.split(|c| *c == b'/'))
+}
+
+fn invalid(path: &[u8], what: &str) -> Error {
+    Error::new(Kind::Invalid, format!("{:?} {what}", String::from_utf8_lossy(path)))
+}
+
+/// Checks every path and adds the root and missing parents.
+fn complete_tree(staged: Vec<Staged>) -> Result<BTreeMap<Vec<u8>, StagedKind>> {
+    let mut tree: BTreeMap<Vec<u8>, StagedKind> = BTreeMap::new();
+    tree.insert(Vec::new(), StagedKind::Dir);
+    for Staged { path, kind } in staged {
+        if !path.split(|b| *b == b'/').all(is_component) {
+            return Err(invalid(&path, "is not an acceptable path in a layer"));
+        }
+        match tree.get(&path) {
+            None => {}
+            Some(StagedKind::Dir) if matches!(kind, StagedKind::Dir) => continue,
+            Some(_) => return Err(invalid(&path, "is there twice")),
+        }
+        tree.insert(path, kind);
+    }
+    let paths: Vec<Vec<u8>> = tree.keys().cloned().collect();
+    for path in paths {
+        let mut rest = path.as_slice();
+        while let Some(at) = rest.iter().rposition(|b| *b == b'/') {
+            rest = &rest[..at];
+            match tree.get(rest) {
+                Some(StagedKind::Dir) => break,
+                Some(_) => {
+                    return Err(invalid(
+                        &path,
+                        &format!("is below {:?}, which is no directory", String::from_utf8_lossy(rest)),
+                    ));
+                }
+                None => tree.insert(rest.to_vec(), StagedKind::Dir),
+            };
+        }
+    }
+    Ok(tree)
+}
+
+fn prepare(path: &[u8], kind: StagedKind) -> Result<Prepared> {
+    let file = |size: u64, executable: bool, digest: Digest, content: Content| Prepared {
+        node: Node::File { size, executable, digest, place: Place::Blob },
+        content: Some(content),
+    };
+    Ok(match kind {
+        StagedKind::Dir => Prepared { node: Node::Dir { subdirs: 0 }, content: None },
+        StagedKind::Symlink { target } => {
+            if target.is_empty() || target.len() >= 4096 || target.contains(&0) {
+                return Err(invalid(path, "is a symbolic link with a bad target"));
+            }
+            Prepared { node: Node::Symlink { target }, content: None }
+        }
+        StagedKind::Bytes { content, executable } => {
+            let (size, digest) = (content.len() as u64, Digest::of(&content));
+            let content = if size <= SMALL_FILE_MAX { Content::Small(content) } else { Content::LargeBytes(content) };
+            file(size, executable, digest, content)
+        }
+        StagedKind::File { source, executable } => {
+            let size = fs::symlink_metadata(&source).at("reading", &source)?.len();
+            if size <= SMALL_FILE_MAX {
+                let bytes = fs::read(&source).at("reading", &source)?;
+                if bytes.len() as u64 > SMALL_FILE_MAX {
+                    return Err(Error::new(Kind::Failed, format!("{} grew while it was read", source.display())));
+                }
+                file(bytes.len() as u64, executable, Digest::of(&bytes), Content::Small(bytes))
+            } else {
+                let (size, digest) = hash_file(&source)?;
+                file(size, executable, digest, Content::Large(source))
+            }
+        }
+    })
+}
+
+/// Length and sha256 of a file.
+pub(super) fn hash_file(path: &Path) -> Result<(u64, Digest)> {
+    let mut file = File::open(path).at("opening", path)?;
+    let mut hasher = Hasher::default();
+    let mut buffer = vec![0u8; 1 << 20];
+    let mut size = 0;
+    loop {
+        match file.read(&mut buffer).at("reading", path)? {
+            0 => return Ok((size, hasher.finish())),
+            n => {
+                hasher.update(&buffer[..n]);
+                size += n as u64;
+            }
+        }
+    }
+}
+
+/// Index of the parent of each row; rows are sorted, the root first.
+fn parents(rows: &[(Vec<u8>, Prepared)]) -> Vec<usize> {
+    let mut open: Vec<usize> = Vec::new(); // directories from the root to the row before
+    let mut parents = Vec::with_capacity(rows.len());
+    for (i, (path, row)) in rows.iter().enumerate() {
+        let depth = if path.is_empty() { 0 } else { 1 + path.iter().filter(|b| **b == b'/').count() };
+        open.truncate(depth);
+        parents.push(open.last().copied().unwrap_or(0));
+        if row.node.is_dir() {
+            open.push(i);
+        }
+    }
+    parents
+}
+
+fn count_subdirs(rows: &mut [(Vec<u8>, Prepared)]) {
+    let parents = parents(rows);
+    for (i, parent) in parents.into_iter().enumerate().skip(1) {
+        if rows[i].1.node.is_dir()
+            && let Node::Dir { subdirs } = &mut rows[parent].1.node
+        {
+            *subdirs += 1;
+        }
+    }
+}
+
+/// A catalog, built in memory: SQLite never works on the store itself.
+fn catalog_bytes(layer: &Digest, pack: Option<&Digest>, rows: &[(Vec<u8>, Prepared)]) -> Result<Vec<u8>> {
+    let sql = |e: rusqlite::Error| Error::new(Kind::Failed, "a catalog cannot be built").with_source(e);
+    let mut db = Connection::open_in_memory().map_err(sql)?;
+    db.execute_batch(SCHEMA).map_err(sql)?;
+    let transaction = db.transaction().map_err(sql)?;
+    {
+        let mut meta = transaction.prepare("INSERT INTO meta VALUES (?1, ?2)").map_err(sql)?;
+        meta.execute(("format", CATALOG_FORMAT)).map_err(sql)?;
+        meta.execute(("layer", layer.to_string())).map_err(sql)?;
+        meta.execute(("rows", rows.len() as i64)).map_err(sql)?;
+        if let Some(pack) = pack {
+            meta.execute(("pack", pack.to_string())).map_err(sql)?;
+        }
+        let parents = parents(rows);
+        let mut insert =
+            transaction.prepare("INSERT INTO entry VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)").map_err(sql)?;
+        for (id, ((path, row), parent)) in rows.iter().zip(&parents).enumerate() {
+            let name = path.rsplit(|b| *b == b'/').next().unwrap_or_default();
+            let (size, digest, offset, target) = match &row.node {
+                Node::Dir { subdirs } => (i64::from(*subdirs), None, None, None),
+                Node::File { size, digest, place, .. } => {
+                    let offset = match place {
+                        Place::Pack { offset } => Some(*offset as i64),
+                        Place::Blob => None,
+                    };
+                    (*size as i64, Some(digest.as_bytes().to_vec()), offset, None)
+                }
+                Node::Symlink { target } => (target.len() as i64, None, None, Some(target)),
+            };
+            let mode = i64::from(row.node.mode());
+            insert
+                .execute((*parent as i64, name, id as i64, row.node.kind_number(), mode, size, digest, offset, target))
+                .map_err(sql)?;
+        }
+    }
+    transaction.commit().map_err(sql)?;
+    db.execute_batch("VACUUM").map_err(sql)?;
+    Ok(db.serialize(MAIN_DB).map_err(sql)?.to_vec())
+}
+
+/// Paths cut to one component below `site-packages`, or to three components elsewhere.
+fn claims<'p>(paths: impl Iterator<Item = &'p [u8]>) -> Vec<String> {
+    let mut found = BTreeSet::new();
+    for path in paths {
+        let parts: Vec<&[u8]> = path.split(|b| *b == b'/').collect();
+        let keep = match parts.iter().position(|p| *p == b"site-packages") {
+            Some(at) => at + 2,
+            None => 3,
+        };
+        found.insert(String::from_utf8_lossy(&parts[..keep.min(parts.len())].join(&b'/')).into_owned());
+    }
+    found.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::LayerKind;
+
+    pub(crate) fn meta(name: &str) -> LayerMeta {
+        LayerMeta {
+            kind: LayerKind::Wheel,
+            name: name.into(),
+            version: "1.0".into(),
+            abi: "cpython-311-x86_64-linux-gnu+a70d0d0a".into(),
+            requires: vec![],
+            requires_python: None,
+            startup_files: vec![],
+            uncompiled: BTreeMap::new(),
+            bytecode: true,
+        }
+    }
+
+    fn text(path: &str, content: &str) -> Staged {
+        Staged { path: path.into(), kind: StagedKind::Bytes { content: content.into(), executable: false } }
+    }
+
+    #[test]
+    fn the_same_files_give_the_same_layer_whatever_order_and_place_they_come_from() {
+        let dir = tempfile::tempdir().unwrap();
+        let big = dir.path().join("big");
+        fs::write(&big, vec![7u8; SMALL_FILE_MAX as usize + 1]).unwrap();
+        let large = Staged { path: b"lib/big.so".into(), kind: StagedKind::File { source: big, executable: true } };
+        let a = vec![text("lib/a.py", "a"), text("lib-x/b", "b"), text("lib/sub/c.py", "a"), large.clone()];
+        let mut b = a.clone();
+        b.reverse();
+        let first = Store::init(&dir.path().join("one")).unwrap();
+        let second = Store::init(&dir.path().join("two")).unwrap();
+        let one = LayerWriter::new(&first).write(meta("x"), a).unwrap();
+        let two = LayerWriter::new(&second).write(meta("x"), b).unwrap();
+        assert_eq!(one, two);
+        let catalog = first.catalog(&one.digest).unwrap();
+        let rows = catalog.verify().unwrap();
+        assert_eq!(rows.len() as u32, one.rows);
+        let paths: Vec<String> =
+            rows.iter().map(|r| String::from_utf8(catalog.path_of(r.id).unwrap()).unwrap()).collect();
+        assert_eq!(paths, ["", "lib", "lib/a.py", "lib/big.so", "lib/sub", "lib/sub/c.py", "lib-x", "lib-x/b"]);
+        assert_eq!(rows[1].node, Node::Dir { subdirs: 1 });
+        // Equal small files lie in the pack once.
+        let place = |path: &[u8]| match catalog.find(path).unwrap().unwrap().node {
+            Node::File { place, .. } => place,
+            _ => panic!("no file"),
+        };
+        assert_eq!(place(b"lib/a.py"), place(b"lib/sub/c.py"));
+        assert_eq!(place(b"lib/big.so"), Place::Blob);
+    }
+
+    #[test]
+    fn hostile_paths_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(dir.path()).unwrap();
+        for path in ["../x", "a/../b", "/etc/passwd", "a//b", "", ".", "a/./b", "a\0b", &"x".repeat(256)] {
+            assert!(LayerWriter::new(&store).write(meta("x"), vec![text(path, "")]).is_err(), "{path:?}");
+        }
+        assert!(LayerWriter::new(&store).write(meta("x"), vec![text("a", ""), text("a", "")]).is_err());
+        assert!(LayerWriter::new(&store).write(meta("x"), vec![text("a", ""), text("a/b", "")]).is_err());
+    }
+
+    #[test]
+    fn a_truncated_catalog_is_told_and_never_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(dir.path()).unwrap();
+        let files = (0..500).map(|i| text(&format!("lib/{i}.py"), &format!("{i}"))).collect();
+        let doc = LayerWriter::new(&store).write(meta("x"), files).unwrap();
+        let path = store.catalog_path(&doc.digest);
+        let bytes = fs::read(&path).unwrap();
+        for keep in [0, 50, 4096, bytes.len() - 1] {
+            fs::remove_file(&path).unwrap();
+            fs::write(&path, &bytes[..keep]).unwrap();
+            let error = store.catalog(&doc.digest).unwrap_err();
+            assert_eq!(error.kind(), Kind::Corrupt, "{keep}: {error:?}");
+        }
+    }
+
+    #[test]
+    fn claims_are_short_and_cover_every_file() {
+        let sp = "lib/python3.11/site-packages";
+        let paths = [format!("{sp}/numpy/core/x.py"), format!("{sp}/numpy/y.py"), format!("{sp}/six.py")];
+        let mut all: Vec<&[u8]> = paths.iter().map(|p| p.as_bytes()).collect();
+        all.push(b"share/jupyter/lab/static/x.js");
+        all.push(b"bin/tool");
+        let expected =
+            ["bin/tool".to_string(), format!("{sp}/numpy"), format!("{sp}/six.py"), "share/jupyter/lab".into()];
+        assert_eq!(claims(all.into_iter()), expected);
+    }
+}
