@@ -1,3 +1,7 @@
 //! The `envfabric` program.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    envfabric::cli::main()
+}

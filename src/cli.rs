@@ -1,0 +1,166 @@
+//! The command line: one file a verb, each a thin shell over the library.
+//!
+//! Every verb gets the [`Context`] (settings and output) and its own arguments, and prints through [`Output`], which
+//! knows about `--json` and closed pipes. Exit codes come from [`crate::error::Kind::exit_code`] alone.
+
+mod completions;
+mod config;
+mod diff;
+mod fsck;
+mod init;
+mod list;
+mod output;
+mod remove;
+mod rollback;
+mod settings;
+mod show;
+mod spec;
+mod versions;
+
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::error::{Error, Kind, Result};
+use crate::store::{Index, Store};
+use output::Output;
+use settings::Settings;
+
+/// Python environments built ahead of time, stored once and mounted everywhere as ordinary interpreter paths.
+#[derive(Debug, Parser)]
+#[command(name = "envfabric", version, max_term_width = 100, subcommand_required = true, arg_required_else_help = true)]
+#[command(after_help = "\
+First steps:
+  envfabric create demo/hello requests     build an environment
+  envfabric run demo/hello -- python       run something in it
+  envfabric mount                          show all of them as directories
+
+Flags win over ENVFABRIC_* variables, those over the config file, that over the defaults
+(store and mount under ~/.local/share/envfabric).")]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// Flags of every verb.
+#[derive(Debug, Args)]
+struct Global {
+    /// Store directory [default: $XDG_DATA_HOME/envfabric/store]
+    #[arg(long, value_name = "DIR", env = "ENVFABRIC_STORE", global = true, hide_env_values = true)]
+    store: Option<std::path::PathBuf>,
+    /// Config file [default: $XDG_CONFIG_HOME/envfabric/config.toml, then /etc/envfabric/config.toml]
+    #[arg(long, value_name = "FILE", env = "ENVFABRIC_CONFIG", global = true, hide_env_values = true)]
+    config: Option<std::path::PathBuf>,
+    /// Print JSON on standard output, and errors as JSON on standard error
+    #[arg(long, global = true)]
+    json: bool,
+    /// Say nothing but results and errors
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    /// Log more (repeat for still more); ENVFABRIC_LOG takes a filter
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Init(init::Init),
+    List(list::List),
+    Show(show::Show),
+    Versions(versions::Versions),
+    Diff(diff::Diff),
+    Rollback(rollback::Rollback),
+    Remove(remove::Remove),
+    Fsck(fsck::Fsck),
+    Completions(completions::Completions),
+    Man(completions::Man),
+}
+
+/// What every verb works with.
+pub(crate) struct Context {
+    settings: Settings,
+    out: Output,
+}
+
+impl Context {
+    /// Opens the store that the settings name.
+    fn store(&self) -> Result<Store> {
+        Store::open(&self.settings.store)
+    }
+
+    /// Opens the store, or makes it when it is the default one of a user who has configured nothing.
+    fn store_or_default(&self) -> Result<Store> {
+        if self.settings.store_is_default { Store::init(&self.settings.store) } else { self.store() }
+    }
+
+    /// This machine's index of `store`.
+    fn index(&self, store: &Store) -> Result<Index> {
+        Index::open(&self.settings.state, store)
+    }
+}
+
+/// Runs the program with this process's arguments.
+pub fn main() -> ExitCode {
+    let command = Cli::command();
+    let cli = match command.try_get_matches().and_then(|m| Cli::from_arg_matches(&m)) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // clap tells `--help` and `--version` this way too; a closed pipe is no failure.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    let out = Output::new(cli.global.json, cli.global.quiet);
+    match run(cli, out) {
+        Ok(code) => code,
+        Err(error) if error.kind() == Kind::Os(libc::EPIPE) => ExitCode::SUCCESS,
+        Err(error) => {
+            out.error(&error);
+            ExitCode::from(error.kind().exit_code())
+        }
+    }
+}
+
+fn run(cli: Cli, out: Output) -> Result<ExitCode> {
+    start_log(cli.global.verbose)?;
+    match cli.verb {
+        // These need no settings, and must work where the config file is broken.
+        Verb::Completions(verb) => return verb.run(&mut Cli::command()),
+        Verb::Man(verb) => return verb.run(Cli::command()),
+        _ => {}
+    }
+    let settings = Settings::load(cli.global.store, cli.global.config.as_deref())?;
+    let context = Context { settings, out };
+    match cli.verb {
+        Verb::Init(verb) => verb.run(&context),
+        Verb::List(verb) => verb.run(&context),
+        Verb::Show(verb) => verb.run(&context),
+        Verb::Versions(verb) => verb.run(&context),
+        Verb::Diff(verb) => verb.run(&context),
+        Verb::Rollback(verb) => verb.run(&context),
+        Verb::Remove(verb) => verb.run(&context),
+        Verb::Fsck(verb) => verb.run(&context),
+        Verb::Completions(_) | Verb::Man(_) => Ok(ExitCode::SUCCESS),
+    }
+}
+
+fn start_log(verbose: u8) -> Result<()> {
+    let default = match verbose {
+        0 => "warn",
+        1 => "envfabric=info,warn",
+        2 => "envfabric=debug,info",
+        _ => "trace",
+    };
+    let filter = match std::env::var("ENVFABRIC_LOG") {
+        Ok(text) => tracing_subscriber::EnvFilter::try_new(&text).map_err(|source| {
+            Error::new(Kind::Usage, format!("ENVFABRIC_LOG={text:?} is not a log filter"))
+                .hint("write for example ENVFABRIC_LOG=envfabric=debug")
+                .with_source(source)
+        })?,
+        Err(_) => tracing_subscriber::EnvFilter::new(default),
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! `WORKFLOW/NODE` or `WORKFLOW/NODE@VERSION`, as verbs take it.
+
+use std::str::FromStr;
+
+use crate::environment::{EnvName, Version};
+use crate::error::{Error, Kind, Result};
+use crate::store::Store;
+
+/// An environment and perhaps one of its versions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct EnvSpec {
+    pub(crate) name: EnvName,
+    pub(crate) version: Option<u64>,
+}
+
+impl EnvSpec {
+    /// The version that is meant: the named one, else the current.
+    pub(crate) fn resolve(&self, store: &Store) -> Result<Version> {
+        match self.version {
+            Some(number) => store.version(&self.name, number),
+            None => store.current(&self.name),
+        }
+    }
+}
+
+impl FromStr for EnvSpec {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (name, version) = match text.split_once('@') {
+            None => (text, None),
+            Some((name, number)) => {
+                let number = number.parse().ok().filter(|n| *n > 0).ok_or_else(|| {
+                    Error::new(Kind::Usage, format!("{number:?} is not a version number")).hint("write WORKFLOW/NODE@3")
+                })?;
+                (name, Some(number))
+            }
+        };
+        Ok(EnvSpec { name: name.parse()?, version })
+    }
+}
+
+/// An [`EnvName`] for clap, which shows an error's hint with its message.
+pub(crate) fn name(text: &str) -> Result<EnvName, String> {
+    text.parse().map_err(told)
+}
+
+/// An [`EnvSpec`] for clap.
+pub(crate) fn spec(text: &str) -> Result<EnvSpec, String> {
+    text.parse().map_err(told)
+}
+
+fn told(error: Error) -> String {
+    match error.hint_text() {
+        Some(hint) => format!("{error}: {hint}"),
+        None => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_is_a_positive_number_behind_an_at_sign() {
+        assert_eq!(spec("a/b@3").unwrap().version, Some(3));
+        assert_eq!(spec("a/b").unwrap().version, None);
+        for bad in ["a/b@", "a/b@0", "a/b@-1", "a/b@x", "a@3", "@3", "a/b@99999999999999999999999"] {
+            assert!(spec(bad).is_err(), "{bad}");
+        }
+    }
+}
