@@ -4,6 +4,7 @@
 
 mod digest;
 mod interpreter;
+pub mod lock;
 mod name;
 mod version;
 
