@@ -8,6 +8,9 @@ pub mod lock;
 mod name;
 mod version;
 
+#[cfg(test)]
+pub(crate) use interpreter::tests::cpython311;
+
 pub use digest::{Digest, Hasher};
 pub use interpreter::{Interpreter, Markers};
 pub use name::EnvName;

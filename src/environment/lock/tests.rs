@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::environment::interpreter::tests::cpython311;
+use crate::environment::cpython311;
 
 const SHA: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 

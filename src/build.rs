@@ -1,0 +1,396 @@
+//! Building: from what a user names to a published version.
+//!
+//! ```text
+//! requirements, project, lock --uv--> lock --select--> packages --key--> known layers
+//!                                                          |                  |
+//!                                                          +--uv, RECORD--> new layers --> check --> version
+//! ```
+//! [`create`] does it all. Only packages without a layer are installed; a complete `pylock.toml` of known layers on a
+//! known interpreter starts no process and reads no wheel. Nothing is visible before the version is published, so a
+//! build may be killed at any time: what it leaves is objects that the next build uses, and a scratch directory that
+//! the next build removes.
+//!
+//! **Between processes of one machine**, one environment is built by one process at a time, one package is installed by
+//! one process at a time, and one interpreter is ingested by one process at a time; the others wait and then find the
+//! result. Machines that share the store do not wait for each other: they may do the same work twice.
+//!
+//! **uv's settings apply**: its configuration files and `UV_*` variables, apart from those that would make it install
+//! elsewhere or otherwise (see `uv`). A layer is found by the hashes of its lock entry, so settings that choose between
+//! the files of one entry (`no-binary`) have no effect on a package that has a layer already.
+
+mod bytecode;
+mod conflicts;
+mod elf;
+mod ingest;
+mod layers;
+pub mod limits;
+mod metadata;
+mod probe;
+mod progress;
+mod python;
+mod record;
+mod scratch;
+mod source;
+mod stage;
+mod tree;
+mod uv;
+mod validate;
+mod wheel;
+
+use std::cell::OnceCell;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::environment::lock::Package;
+use crate::environment::{Builder, Conflict, Digest, Document, EnvName, InterpreterRef, VERSION_FORMAT, Version};
+use crate::error::{Error, Kind, Result};
+use crate::store::{Claimed, Index, LayerDoc, Store, StoredInterpreter, now};
+
+pub use progress::{Event, PackageState, Progress, Silent, Step};
+pub use uv::Uv;
+pub use validate::{check_requirements, judge_trial, trial_command};
+
+use scratch::Scratch;
+use stage::Stage;
+
+/// Where and with what a build works.
+#[derive(Clone)]
+pub struct Context<'a> {
+    /// The store to publish to.
+    pub store: &'a Store,
+    /// What this machine knows of it.
+    pub index: &'a Index,
+    /// uv; started only when needed.
+    pub uv: &'a Uv,
+    /// Directory of this machine for locks between processes and copies of interpreters; on a local disk.
+    pub state: PathBuf,
+    /// Directory for staging venvs; not in the store, best on the file system of uv's cache (hard links).
+    pub scratch: PathBuf,
+    /// Told what happens.
+    pub progress: &'a dyn Progress,
+    /// Starts the interpreter of a version that is complete but not published (its number is 0), from a view of it;
+    /// see [`trial_command`] and [`judge_trial`]. None skips this part of validation.
+    pub trial: Option<&'a dyn Fn(&Version, &[Arc<LayerDoc>]) -> Result<()>>,
+}
+
+/// What an environment is made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Input {
+    /// Requirements, as pip would take them. Relative paths in them start from the working directory.
+    Requirements {
+        /// PEP 508 requirements, URLs, paths of wheels and source directories.
+        requirements: Vec<String>,
+        /// `-r` files.
+        files: Vec<PathBuf>,
+        /// `-c` files.
+        constraints: Vec<PathBuf>,
+    },
+    /// A directory with `pyproject.toml` and an up-to-date `uv.lock`. The project itself is installed too, not
+    /// editable, where it has a build system; so are the members of its workspace that it needs.
+    Project(PathBuf),
+    /// A `pylock.toml` or a `uv.lock`. Beside a `uv.lock` without its `pyproject.toml` the project is not installed.
+    Lock(PathBuf),
+}
+
+/// Where packages are looked for, in uv's words.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct IndexOptions {
+    /// `--default-index`: instead of PyPI.
+    pub index_url: Option<String>,
+    /// `--index`, asked before the default one.
+    pub extra_index_urls: Vec<String>,
+    /// `--find-links`.
+    pub find_links: Vec<String>,
+    /// `--no-index`.
+    pub no_index: bool,
+    /// `--no-build`: wheels only.
+    pub no_build: bool,
+    /// `--offline`.
+    pub offline: bool,
+    /// Further arguments for `uv pip compile` and `uv pip sync` alike.
+    pub more: Vec<String>,
+}
+
+impl IndexOptions {
+    fn arguments(&self) -> Vec<String> {
+        let mut args = Vec::new();
+        let mut pair = |flag: &str, value: &str| args.extend([flag.to_string(), value.to_string()]);
+        self.index_url.iter().for_each(|url| pair("--default-index", url));
+        self.extra_index_urls.iter().for_each(|url| pair("--index", url));
+        self.find_links.iter().for_each(|place| pair("--find-links", place));
+        let flags = [(self.no_index, "--no-index"), (self.no_build, "--no-build"), (self.offline, "--offline")];
+        args.extend(flags.into_iter().filter(|(on, _)| *on).map(|(_, flag)| flag.to_string()));
+        args.extend(self.more.iter().cloned());
+        args
+    }
+}
+
+/// What to build.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// The environment's name.
+    pub name: EnvName,
+    /// What it is made from.
+    pub input: Input,
+    /// `--python`: a path, a version or a range.
+    pub python: Option<String>,
+    /// Make bytecode.
+    pub bytecode: bool,
+    /// Check the result before it is published.
+    pub validate: bool,
+    /// Extras of a project or lock.
+    pub extras: Vec<String>,
+    /// Dependency groups of a project or lock, besides its default groups.
+    pub groups: Vec<String>,
+    /// Leave the default groups out (uv's default is the group `dev`).
+    pub no_default_groups: bool,
+    /// Where packages are looked for.
+    pub index: IndexOptions,
+    /// Platform to choose wheels for, in uv's words (`x86_64-manylinux_2_28`): the oldest of the fleet. None means
+    /// this machine.
+    pub platform: Option<String>,
+}
+
+impl Request {
+    /// A request with the usual settings: bytecode, validation, whatever Python fits.
+    pub fn new(name: EnvName, input: Input) -> Request {
+        Request {
+            name,
+            input,
+            python: None,
+            bytecode: true,
+            validate: true,
+            extras: Vec::new(),
+            groups: Vec::new(),
+            no_default_groups: false,
+            index: IndexOptions::default(),
+            platform: None,
+        }
+    }
+}
+
+/// What became of a request.
+#[derive(Debug, Clone)]
+pub struct Created {
+    /// The version that has what was asked for.
+    pub version: Version,
+    /// How it came about.
+    pub outcome: Outcome,
+    /// Its interpreter.
+    pub interpreter: StoredInterpreter,
+    /// Its layers' documents, in order.
+    pub layers: Vec<Arc<LayerDoc>>,
+    /// How many of the layers were made now.
+    pub installed: usize,
+}
+
+/// How a version came about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was published and is current.
+    Published,
+    /// It was current already; nothing was written.
+    Unchanged,
+    /// It was published, but meanwhile another builder made this newer one current.
+    Superseded(u64),
+}
+
+/// Builds what `request` asks for and publishes it.
+///
+/// # Errors
+/// The input cannot be read or resolved, a wheel is refused, a check fails: [`Kind`] and message say which. The current
+/// version of the environment stays as it is.
+pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
+    context.store.require_writable()?;
+    let name = &request.name;
+    let waiting = || context.progress.event(&Event::Step(Step::Waiting));
+    let lock = format!("env-{}", Digest::of(format!("{} {name}", context.store.fabric().id).as_bytes()).short());
+    let _lock = scratch::lock(&context.state, [lock], waiting)?;
+
+    let opened = source::open(request)?;
+    let asked = request.python.clone().or_else(|| opened.python.clone());
+    let interpreter = python::resolve(context, asked.as_deref(), opened.requires_python.as_deref())?;
+    let cell = OnceCell::new();
+    let scratch = || -> Result<PathBuf> {
+        if cell.get().is_none() {
+            let _ = cell.set(Scratch::new(&context.scratch)?);
+        }
+        Ok(cell.get().map_or_else(|| context.scratch.clone(), |s| s.path().to_path_buf()))
+    };
+    let executable = || python::runnable(context, &interpreter);
+    let resolved = opened.resolve(context, request, &executable, &scratch)?;
+    let packages = resolved.lock.select(&interpreter.python, &resolved.choice)?;
+    let work = Work { context, request, interpreter: &interpreter, base: &resolved.base };
+    let (digests, installed) = work.layers(&packages, &executable, &scratch)?;
+    let layers = context.index.layers(context.store, &digests)?;
+
+    let document = |name: &str, text: &str| Document {
+        name: name.to_string(),
+        blob: Digest::of(text.as_bytes()),
+        size: text.len() as u64,
+    };
+    let (lock_name, lock_text) = &resolved.document;
+    let draft = Version {
+        format: VERSION_FORMAT,
+        environment: name.clone(),
+        number: 0,
+        created: now(),
+        interpreter: InterpreterRef {
+            layer: interpreter.layer,
+            version: interpreter.python.version.clone(),
+            executable: interpreter.python.executable.clone(),
+        },
+        scaffold: interpreter.scaffold,
+        layers: digests,
+        lock: Some(document(lock_name, lock_text)),
+        pyproject: resolved.pyproject.as_ref().map(|text| document("pyproject.toml", text)),
+        source: resolved.source,
+        builder: Builder {
+            envfabric: env!("CARGO_PKG_VERSION").into(),
+            uv: context.uv.version_if_used(),
+            host: host(),
+        },
+        conflicts: conflicts::find(context, &layers)?,
+        nonce: String::new(),
+    };
+    let created = |version, outcome| Created {
+        version,
+        outcome,
+        interpreter: interpreter.clone(),
+        layers: layers.clone(),
+        installed,
+    };
+    match context.store.current(name) {
+        Ok(current) if current.same_content(&draft) => return Ok(created(current, Outcome::Unchanged)),
+        Err(error) if !error.is_not_found() => return Err(error),
+        _ => {}
+    }
+    for text in [Some(lock_text), resolved.pyproject.as_ref()].into_iter().flatten() {
+        context.store.ensure_blob(text.as_bytes())?;
+    }
+    if request.validate {
+        validate(context, &draft, &layers, &interpreter)?;
+    }
+    context.progress.event(&Event::Step(Step::Publishing));
+    Ok(match context.store.publish_version(draft)? {
+        Claimed::Current(version) => created(version, Outcome::Published),
+        Claimed::Superseded(version, newest) => created(version, Outcome::Superseded(newest)),
+    })
+}
+
+/// Makes sure that the interpreter that `request` names (a path, a version or a range) is in the store.
+pub fn add_interpreter(context: &Context<'_>, request: &str) -> Result<StoredInterpreter> {
+    context.store.require_writable()?;
+    python::resolve(context, Some(request), None)
+}
+
+/// Sentences about `conflicts` for people, the first few.
+pub fn describe_conflicts(conflicts: &[Conflict]) -> Vec<String> {
+    let sentence =
+        |c: &Conflict| format!("{} and {} both have {}; that of {} is shown", c.hidden, c.shown, c.path, c.shown);
+    conflicts.iter().take(5).map(sentence).collect()
+}
+
+fn validate(
+    context: &Context<'_>,
+    draft: &Version,
+    layers: &[Arc<LayerDoc>],
+    interpreter: &StoredInterpreter,
+) -> Result<()> {
+    context.progress.event(&Event::Step(Step::Validating));
+    let problems = check_requirements(layers, &interpreter.python)?;
+    if !problems.is_empty() {
+        let count = problems.len();
+        return Err(Error::new(
+            Kind::Failed,
+            format!("{} is inconsistent: {count} requirements are not met", draft.environment),
+        )
+        .detail(problems.join("\n"))
+        .hint("correct the requirements or the lock, or publish it as it is with --no-validate"));
+    }
+    let Some(trial) = context.trial else { return Ok(()) };
+    let note = validate::proof_note(draft, layers);
+    if context.index.note(&note)?.is_some() {
+        return Ok(());
+    }
+    trial(draft, layers)?;
+    context.index.set_note(&note, &now().to_string())
+}
+
+fn host() -> String {
+    nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_else(|| "unknown".into())
+}
+
+/// One build, once its lock is known.
+struct Work<'a> {
+    context: &'a Context<'a>,
+    request: &'a Request,
+    interpreter: &'a StoredInterpreter,
+    base: &'a Path,
+}
+
+impl Work<'_> {
+    /// A layer for each of `packages`, in order, and how many were made now.
+    fn layers(
+        &self,
+        packages: &[&Package],
+        executable: &dyn Fn() -> Result<PathBuf>,
+        scratch: &dyn Fn() -> Result<PathBuf>,
+    ) -> Result<(Vec<Digest>, usize)> {
+        let (context, request) = (self.context, self.request);
+        let platform = request.platform.as_deref();
+        let keys: Vec<Option<Digest>> =
+            packages.iter().map(|p| p.key(&self.interpreter.python, request.bytecode, platform)).collect();
+        let look = |key: &Option<Digest>| match key {
+            Some(key) => context.index.layer_of_key(context.store, key),
+            None => Ok(None),
+        };
+        let mut found: Vec<Option<Digest>> = keys.iter().map(look).collect::<Result<_>>()?;
+        let known = found.iter().flatten().count();
+        context.progress.event(&Event::Planned { packages: packages.len(), known });
+        let mut installed = 0;
+        if known < packages.len() {
+            // 4,096 locks at most, however many packages there ever were.
+            let missing = keys.iter().zip(&found).filter(|(_, found)| found.is_none()).filter_map(|(key, _)| *key);
+            let names: Vec<String> = missing.map(|key| format!("layer-{}", &key.to_string()[..3])).collect();
+            let waiting = || context.progress.event(&Event::Step(Step::Waiting));
+            let _locks = scratch::lock(&context.state, names, waiting)?;
+            for (key, found) in keys.iter().zip(&mut found).filter(|(_, found)| found.is_none()) {
+                *found = look(key)?;
+            }
+            let todo: Vec<usize> = (0..packages.len()).filter(|n| found[*n].is_none()).collect();
+            installed = todo.len();
+            if !todo.is_empty() {
+                let wanted: Vec<&Package> = todo.iter().map(|n| packages[*n]).collect();
+                let docs = self.install(&wanted, &executable()?, &scratch()?)?;
+                for (number, doc) in todo.into_iter().zip(docs) {
+                    found[number] = Some(match &keys[number] {
+                        Some(key) => context.store.publish_key(key, &doc.digest)?,
+                        None => doc.digest,
+                    });
+                }
+            }
+        }
+        Ok((found.into_iter().flatten().collect(), installed))
+    }
+
+    fn install(&self, packages: &[&Package], executable: &Path, scratch: &Path) -> Result<Vec<LayerDoc>> {
+        let context = self.context;
+        context.progress.event(&Event::Step(Step::Installing));
+        let mut options = self.request.index.arguments();
+        if let Some(platform) = &self.request.platform {
+            options.extend(["--python-platform".to_string(), platform.clone()]);
+        }
+        let stage = Stage {
+            uv: context.uv,
+            executable,
+            python: &self.interpreter.python,
+            scratch,
+            options: &options,
+            base: self.base,
+            progress: context.progress,
+        };
+        let distributions = stage.install(packages)?;
+        layers::write(context.store, &stage, distributions, self.request.bytecode)
+    }
+}

@@ -1,0 +1,186 @@
+//! From staged distributions to layers in the store.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+
+use super::bytecode::{self, Job};
+use super::progress::{Event, PackageState, Step};
+use super::record;
+use super::stage::{Distribution, Found, Stage, left_out};
+use crate::environment::lock::strip_credentials;
+use crate::error::{IoContext, Result};
+use crate::store::{LayerDoc, LayerKind, LayerMeta, LayerWriter, Staged, StagedKind, Store};
+
+/// Byte-compiles `distributions` (unless told not to) and writes a layer each, in the same order.
+pub(super) fn write(
+    store: &Store,
+    stage: &Stage<'_>,
+    distributions: Vec<Distribution>,
+    with_bytecode: bool,
+) -> Result<Vec<LayerDoc>> {
+    let out_root = stage.scratch.join("bytecode");
+    let mut compiled = BTreeMap::new();
+    let mut jobs: Vec<(usize, Job)> = Vec::new();
+    if with_bytecode {
+        stage.progress.event(&Event::Step(Step::Compiling));
+        for (number, distribution) in distributions.iter().enumerate() {
+            jobs.extend(plan(stage, number, distribution, &out_root).into_iter().map(|job| (number, job)));
+        }
+        let plain: Vec<Job> = jobs.iter().map(|(_, job)| job.clone()).collect();
+        compiled = bytecode::compile(stage.executable, stage.python, &plain, stage.scratch, stage.progress)?;
+    }
+    let mut pycs: Vec<Vec<Staged>> = distributions.iter().map(|_| Vec::new()).collect();
+    for (number, dir) in jobs.iter().map(|(n, job)| (*n, &job.out)).collect::<std::collections::BTreeSet<_>>() {
+        let below = dir.strip_prefix(out_root.join(number.to_string())).unwrap_or(dir);
+        pycs[number].extend(files_of(dir, below)?);
+    }
+    stage.progress.event(&Event::Step(Step::Storing));
+    let work: Vec<(Distribution, Vec<Staged>)> = distributions.into_iter().zip(pycs).collect();
+    work.into_par_iter()
+        .map(|(distribution, pycs)| {
+            let label = format!("{} {}", distribution.metadata.name, distribution.metadata.version);
+            let meta = meta(stage, &distribution, &compiled, with_bytecode);
+            let name = meta.name.clone();
+            let mut staged = stage_files(&distribution)?;
+            staged.extend(pycs);
+            let doc = LayerWriter::new(store)
+                .write(meta, staged)
+                .map_err(|e| e.context(format!("the layer of {label} could not be written")))?;
+            stage.progress.event(&Event::Package { name: &name, state: PackageState::Stored });
+            Ok(doc)
+        })
+        .collect()
+}
+
+/// The files of `distribution` to compile: sources below site-packages.
+fn plan(stage: &Stage<'_>, number: usize, distribution: &Distribution, out_root: &Path) -> Vec<Job> {
+    let site_packages = format!("{}/", stage.python.site_packages()).into_bytes();
+    let sources = distribution.files.iter().filter(|(path, found)| {
+        path.starts_with(&site_packages) && path.ends_with(b".py") && matches!(found, Found::File { .. })
+    });
+    sources
+        .filter_map(|(path, _)| {
+            let below = Path::new(OsStr::from_bytes(path));
+            let out = out_root.join(number.to_string()).join(below.parent()?).join("__pycache__");
+            Job::new(distribution.root.join(below), out, format!("/.venv/{}", below.to_str()?))
+        })
+        .collect()
+}
+
+/// The files directly in `dir`, to be shown at `below`.
+fn files_of(dir: &Path, below: &Path) -> Result<Vec<Staged>> {
+    let mut staged = Vec::new();
+    if !dir.is_dir() {
+        return Ok(staged);
+    }
+    for entry in fs::read_dir(dir).at("reading", dir)? {
+        let entry = entry.at("reading", dir)?;
+        let path = below.join(entry.file_name()).into_os_string();
+        let kind = StagedKind::File { source: entry.path(), executable: false };
+        staged.push(Staged { path: path.as_bytes().to_vec(), kind });
+    }
+    Ok(staged)
+}
+
+fn meta(
+    stage: &Stage<'_>,
+    distribution: &Distribution,
+    compiled: &BTreeMap<String, String>,
+    bytecode: bool,
+) -> LayerMeta {
+    let site_packages = format!("{}/", stage.python.site_packages());
+    let paths = || distribution.files.keys().map(|path| String::from_utf8_lossy(path).into_owned());
+    let startup_files = paths()
+        .filter(|path| {
+            path.strip_prefix(&site_packages).is_some_and(|rest| {
+                let runs = |name: &str| rest == format!("{name}.py") || rest.starts_with(&format!("{name}/__init__."));
+                (rest.ends_with(".pth") && !rest.contains('/')) || runs("sitecustomize") || runs("usercustomize")
+            })
+        })
+        .collect();
+    let uncompiled =
+        paths().filter_map(|path| compiled.get(&format!("/.venv/{path}")).map(|error| (path, error.clone()))).collect();
+    LayerMeta {
+        kind: LayerKind::Wheel,
+        name: distribution.metadata.name.clone(),
+        version: distribution.metadata.version.clone(),
+        abi: stage.python.layer_abi(),
+        requires: distribution.metadata.requires.clone(),
+        requires_python: distribution.metadata.requires_python.clone(),
+        startup_files,
+        uncompiled,
+        bytecode,
+    }
+}
+
+fn stage_files(distribution: &Distribution) -> Result<Vec<Staged>> {
+    let record_path = format!("{}/RECORD", distribution.dist_info).into_bytes();
+    let direct_url = format!("{}/direct_url.json", distribution.dist_info).into_bytes();
+    let site_packages = distribution.dist_info.rsplit_once('/').map_or("", |(parent, _)| parent);
+    let text = |source: &PathBuf| {
+        fs::read(source).at("reading", source).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+    };
+    let mut staged = Vec::with_capacity(distribution.files.len());
+    for (path, found) in &distribution.files {
+        let source = distribution.root.join(OsStr::from_bytes(path));
+        let kind = match found {
+            Found::Symlink { target } => StagedKind::Symlink { target: target.clone() },
+            Found::File { executable, .. } if *path == record_path => {
+                let lines = record::parse(&text(&source)?);
+                let drop = |path: &str| {
+                    record::resolve(site_packages, path).is_none_or(|place| left_out(&place, &distribution.dist_info))
+                };
+                StagedKind::Bytes { content: record::rewrite(&lines, drop).into_bytes(), executable: *executable }
+            }
+            Found::File { executable, .. } if *path == direct_url => {
+                StagedKind::Bytes { content: strip_credentials(&text(&source)?).into_bytes(), executable: *executable }
+            }
+            Found::File { executable, .. } => StagedKind::File { source, executable: *executable },
+        };
+        staged.push(Staged { path: path.clone(), kind });
+    }
+    Ok(staged)
+}
+
+/// The layer of what `uv venv` makes besides links to the interpreter and `pyvenv.cfg`: `bin/activate`, `lib64`, ...
+pub(super) fn write_scaffold(store: &Store, stage: &Stage<'_>) -> Result<LayerDoc> {
+    let root = stage.scratch.join("scaffold");
+    super::stage::make_venv(stage.uv, stage.executable, &root, stage.progress)?;
+    let mut staged = vec![Staged { path: stage.python.site_packages().into_bytes(), kind: StagedKind::Dir }];
+    for (dir, below) in [(root.clone(), PathBuf::new()), (root.join("bin"), "bin".into())] {
+        for entry in fs::read_dir(&dir).at("reading", &dir)? {
+            let entry = entry.at("reading", &dir)?;
+            let name = entry.file_name();
+            let kind = entry.file_type().at("reading", entry.path())?;
+            let ours = name.as_bytes().starts_with(b"python") || name == "pyvenv.cfg" || name == ".lock";
+            if kind.is_dir() || ours {
+                continue;
+            }
+            let path = below.join(&name).into_os_string().as_bytes().to_vec();
+            let kind = if kind.is_symlink() {
+                let target = fs::read_link(entry.path()).at("reading", entry.path())?;
+                StagedKind::Symlink { target: target.into_os_string().as_bytes().to_vec() }
+            } else {
+                StagedKind::File { source: entry.path(), executable: false }
+            };
+            staged.push(Staged { path, kind });
+        }
+    }
+    let meta = LayerMeta {
+        kind: LayerKind::Scaffold,
+        name: "scaffold".into(),
+        version: stage.uv.version()?.to_string(),
+        abi: stage.python.layer_abi(),
+        requires: Vec::new(),
+        requires_python: None,
+        startup_files: Vec::new(),
+        uncompiled: BTreeMap::new(),
+        bytecode: false,
+    };
+    LayerWriter::new(store).write(meta, staged)
+}

@@ -1,0 +1,363 @@
+//! Which interpreter an environment gets: what was asked for, what the store has, what this machine has.
+
+use std::collections::BTreeSet;
+use std::env;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use rayon::prelude::*;
+use uv_pep440::{Version, VersionSpecifiers};
+
+use super::ingest;
+use super::probe::{self, Brief};
+use super::progress::{Event, Silent, Step};
+use super::scratch::{self, Scratch};
+use super::stage::Stage;
+use super::{Context, tree};
+use crate::environment::{Interpreter, Markers};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::store::StoredInterpreter;
+
+/// What `--python` says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// This executable.
+    Path(PathBuf),
+    /// Any of these versions.
+    Version { specifiers: VersionSpecifiers, free_threaded: bool, exact: bool },
+}
+
+impl Wanted {
+    /// `3`, `3.11`, `3.11.7`, `3.13t`, `>=3.9,<3.12`, `cpython3.11`, `python@3.11`, or a path.
+    pub(super) fn parse(text: &str) -> Result<Wanted> {
+        let text = text.trim();
+        if text.contains('/') {
+            return Ok(Wanted::Path(std::path::absolute(text).at("finding", text)?));
+        }
+        let bad = || {
+            Error::new(Kind::Usage, format!("{text:?} names no Python"))
+                .hint("give a path, a version (3.11, 3.11.7, 3.13t) or a range ('>=3.9,<3.12')")
+        };
+        let lower = text.to_ascii_lowercase();
+        if ["pypy", "graalpy", "pyodide", "jython", "pyston"].iter().any(|other| lower.starts_with(other)) {
+            return Err(Error::new(Kind::Unsupported, format!("{text:?} cannot be used: only CPython is supported"))
+                .hint("name a CPython 3.9 or later, for example --python 3.12"));
+        }
+        let version = ["cpython", "python", "cp"].iter().find_map(|p| lower.strip_prefix(p)).unwrap_or(&lower);
+        let version = version.trim_start_matches(['@', '-']);
+        if version.starts_with(['<', '>', '=', '!', '~']) {
+            let specifiers = VersionSpecifiers::from_str(version).map_err(|_| bad())?;
+            return Ok(Wanted::Version { specifiers, free_threaded: false, exact: false });
+        }
+        let (number, free_threaded) = match version.strip_suffix('t') {
+            Some(number) => (number, true),
+            None => (version, false),
+        };
+        if !number.starts_with(|c: char| c.is_ascii_digit()) {
+            return Err(bad());
+        }
+        let exact = number.matches('.').count() >= 2;
+        let specifier = if exact { format!("=={number}") } else { format!("=={number}.*") };
+        let specifiers = VersionSpecifiers::from_str(&specifier).map_err(|_| bad())?;
+        Ok(Wanted::Version { specifiers, free_threaded, exact })
+    }
+
+    fn any() -> Wanted {
+        Wanted::Version { specifiers: VersionSpecifiers::empty(), free_threaded: false, exact: false }
+    }
+
+    fn accepts(&self, version: &str, free_threaded: bool) -> bool {
+        match self {
+            Wanted::Path(_) => false,
+            Wanted::Version { specifiers, free_threaded: wanted, exact } => Version::from_str(version)
+                .is_ok_and(|v| *wanted == free_threaded && specifiers.contains(&v) && (*exact || !v.any_prerelease())),
+        }
+    }
+}
+
+/// The interpreter to use: `request` decides; without one, `requires` (a version specifier of a lock or project)
+/// narrows the choice. One of the store is preferred to one of the machine, as the machine's must be ingested first.
+pub(super) fn resolve(
+    context: &Context<'_>,
+    request: Option<&str>,
+    requires: Option<&str>,
+) -> Result<StoredInterpreter> {
+    let wanted = match request {
+        Some(text) => Wanted::parse(text)?,
+        None => Wanted::any(),
+    };
+    if let Wanted::Path(path) = &wanted {
+        return at_path(context, path);
+    }
+    let requires =
+        requires.and_then(|text| VersionSpecifiers::from_str(text).ok()).unwrap_or_else(VersionSpecifiers::empty);
+    let suits = |version: &str| Version::from_str(version).is_ok_and(|v| requires.contains(&v));
+    let stored: Vec<StoredInterpreter> = context
+        .store
+        .interpreters()?
+        .into_iter()
+        .filter(|i| runs_here(&i.python) && wanted.accepts(&i.python.version, i.python.is_free_threaded()))
+        .collect();
+    if let Some(found) = stored.iter().find(|i| suits(&i.python.version)) {
+        return Ok(found.clone());
+    }
+    context.progress.event(&Event::Step(Step::FindingInterpreter));
+    let (found, looked) = on_this_machine();
+    let mut fitting: Vec<&(PathBuf, Brief)> =
+        found.iter().filter(|(_, brief)| wanted.accepts(&brief.version, is_free_threaded(brief))).collect();
+    fitting.sort_by_key(|(path, brief)| {
+        (
+            std::cmp::Reverse(suits(&brief.version)),
+            std::cmp::Reverse(Version::from_str(&brief.version).ok()),
+            path.clone(),
+        )
+    });
+    if let Some((path, brief)) = fitting.first()
+        && (suits(&brief.version) || stored.is_empty())
+    {
+        return at_path(context, path);
+    }
+    if let Some(found) = stored.into_iter().next() {
+        return Ok(found);
+    }
+    let asked = request.map(str::to_string).or_else(|| (!requires.is_empty()).then(|| requires.to_string()));
+    let asked = asked.unwrap_or_else(|| ">=3.9".into());
+    if let Ok(out) = context.uv.run(["python", "find", "--no-project", &asked], &Silent)
+        && let Some(path) = out.lines().last().filter(|line| line.starts_with('/'))
+    {
+        return at_path(context, Path::new(path));
+    }
+    let seen: Vec<String> =
+        found.iter().map(|(path, brief)| format!("{} ({})", path.display(), brief.version)).collect();
+    let version = asked.trim_start_matches(['>', '=', '~', '<']).split(',').next().unwrap_or("3.12").to_string();
+    Err(Error::new(Kind::NotFound, format!("no Python {asked} was found"))
+        .detail(format!("looked in {looked}\nfound: {}", if seen.is_empty() { "none".into() } else { seen.join(", ") }))
+        .hint(format!("get it with `uv python install {version}`, or name one with --python PATH")))
+}
+
+fn is_free_threaded(brief: &Brief) -> bool {
+    brief.soabi.as_deref().and_then(|abi| abi.split('-').nth(1)).is_some_and(|tag| tag.ends_with('t'))
+}
+
+fn runs_here(python: &Interpreter) -> bool {
+    let Markers { platform_machine, sys_platform, .. } = &python.markers;
+    let machine = nix::sys::utsname::uname().ok().map(|u| u.machine().to_os_string());
+    sys_platform == "linux" && machine.is_none_or(|m| m == platform_machine.as_str())
+}
+
+/// The interpreter at `path`, from the store where it is known, else ingested.
+fn at_path(context: &Context<'_>, path: &Path) -> Result<StoredInterpreter> {
+    let real = path.canonicalize().map_err(|source| {
+        Error::io("finding", path, source).hint("name a Python executable, or a version such as 3.12, with --python")
+    })?;
+    // A venv's python links to its base: the path asked for must be run to know, unless it was before.
+    if let Some(known) = known(context, path)? {
+        return Ok(known);
+    }
+    context.progress.event(&Event::Step(Step::FindingInterpreter));
+    if real.is_dir() {
+        return Err(Error::new(Kind::Usage, format!("{} is a directory", path.display()))
+            .hint("name the executable, for example bin/python3 in it"));
+    }
+    let mut executable = path.to_path_buf();
+    let mut brief = probe::brief(path)?;
+    brief.check(path)?;
+    if brief.prefix != brief.base_prefix {
+        let name = format!("python{}", brief.version.splitn(3, '.').take(2).collect::<Vec<_>>().join("."));
+        let places = [brief.base_executable.clone(), brief.base_prefix.join("bin").join(name)];
+        executable = places
+            .into_iter()
+            .filter(|place| probe::brief(place).is_ok_and(|b| b.prefix == b.base_prefix))
+            .find_map(|place| place.canonicalize().ok())
+            .ok_or_else(|| {
+                Error::new(
+                    Kind::NotFound,
+                    format!("the Python that the venv of {} was made from is gone", path.display()),
+                )
+                .hint("name another Python with --python")
+            })?;
+        brief = probe::brief(&executable)?;
+        brief.check(&executable)?;
+    }
+    let executable = executable.canonicalize().at("finding", &executable)?;
+    let name = format!("python-{}", crate::environment::Digest::of(executable.as_os_str().as_encoded_bytes()).short());
+    let _lock = scratch::lock(&context.state, [name], || context.progress.event(&Event::Step(Step::Waiting)))?;
+    let stored = match known(context, &executable)? {
+        Some(stored) => stored,
+        None => {
+            let scratch = Scratch::new(&context.scratch)?;
+            let python = placeholder(&brief);
+            let stage = Stage {
+                uv: context.uv,
+                executable: &executable,
+                python: &python,
+                scratch: scratch.path(),
+                options: &[],
+                base: Path::new("/"),
+                progress: context.progress,
+            };
+            ingest::ingest(context.store, &stage)?
+        }
+    };
+    for path in [path, &executable] {
+        context.index.set_note(&path_note(path), &format!("{} {}", fingerprint(path)?, stored.name))?;
+    }
+    context.index.set_note(&origin_note(&stored), &executable.to_string_lossy())?;
+    Ok(stored)
+}
+
+/// The interpreter of the store that the unchanged file at `path` is known to be; starts nothing.
+fn known(context: &Context<'_>, path: &Path) -> Result<Option<StoredInterpreter>> {
+    let Some(note) = context.index.note(&path_note(path))? else { return Ok(None) };
+    let Some((then, name)) = note.rsplit_once(' ') else { return Ok(None) };
+    if fingerprint(path)? != then {
+        return Ok(None);
+    }
+    Ok(context.store.interpreters()?.into_iter().find(|i| i.name == name))
+}
+
+fn path_note(path: &Path) -> String {
+    format!("interpreter at {}", path.display())
+}
+
+fn origin_note(stored: &StoredInterpreter) -> String {
+    format!("origin of {}", stored.name)
+}
+
+/// Changes when the file does. A venv's `pyvenv.cfg` counts too, as it decides what the link beside it means.
+fn fingerprint(path: &Path) -> Result<String> {
+    let meta = fs::metadata(path).at("reading", path)?;
+    let config = path.parent().and_then(Path::parent).map(|root| root.join("pyvenv.cfg"));
+    let config = config.and_then(|c| fs::metadata(c).ok()).map_or(0, |m| m.mtime_nsec() + m.mtime());
+    Ok(format!("{}:{}:{}.{}:{config}", meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec()))
+}
+
+/// An executable of `stored` that runs on this machine: where it was taken from, or a copy from the store.
+pub(super) fn runnable(context: &Context<'_>, stored: &StoredInterpreter) -> Result<PathBuf> {
+    if let Some(path) = context.index.note(&origin_note(stored))?.map(PathBuf::from)
+        && path.is_file()
+        && known(context, &path)?.is_some_and(|k| k.name == stored.name)
+    {
+        return Ok(path);
+    }
+    let root = context.state.join("pythons").join(&stored.name);
+    let executable = root.join(&stored.python.executable);
+    if executable.is_file() {
+        return Ok(executable);
+    }
+    let waiting = || context.progress.event(&Event::Step(Step::Waiting));
+    let _lock = scratch::lock(&context.state, [format!("copy-{}", stored.layer.short())], waiting)?;
+    if !executable.is_file() {
+        let part = root.with_extension("part");
+        if part.exists() {
+            fs::remove_dir_all(&part).at("removing", &part)?;
+        }
+        tree::materialise(context.store, &stored.layer, &part)?;
+        fs::rename(&part, &root).at("renaming", &part)?;
+    }
+    Ok(executable)
+}
+
+/// Enough of an interpreter to begin an ingest with.
+fn placeholder(brief: &Brief) -> Interpreter {
+    let none = String::new;
+    Interpreter {
+        implementation: brief.implementation.clone(),
+        version: brief.version.clone(),
+        abi: brief.soabi.clone().unwrap_or_default(),
+        magic: none(),
+        executable: none(),
+        libc: none(),
+        markers: Markers {
+            implementation_name: none(),
+            implementation_version: none(),
+            os_name: none(),
+            platform_machine: none(),
+            platform_python_implementation: none(),
+            platform_release: none(),
+            platform_system: none(),
+            platform_version: none(),
+            python_full_version: none(),
+            python_version: none(),
+            sys_platform: none(),
+        },
+        host_libraries: Vec::new(),
+        broken_modules: Default::default(),
+    }
+}
+
+/// Every usable CPython that is found, and a sentence about where was looked.
+fn on_this_machine() -> (Vec<(PathBuf, Brief)>, String) {
+    let home = env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut dirs: Vec<PathBuf> = env::split_paths(&path).filter(|d| d.is_absolute()).collect();
+    dirs.extend(["/usr/local/bin", "/usr/bin"].map(PathBuf::from));
+    let uv_dir = env::var_os("UV_PYTHON_INSTALL_DIR").map(PathBuf::from);
+    let roots = [home.join(".pyenv/versions"), uv_dir.unwrap_or_else(|| home.join(".local/share/uv/python"))];
+    for root in &roots {
+        dirs.extend(fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path().join("bin")));
+    }
+    let mut executables = BTreeSet::new();
+    for dir in dirs {
+        for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let Some(rest) = name.to_str().and_then(|n| n.strip_prefix("python3")) else { continue };
+            let version = rest.strip_prefix('.').map(|r| r.strip_suffix('t').unwrap_or(r));
+            if !(rest.is_empty() || version.is_some_and(|v| !v.is_empty() && v.bytes().all(|b| b.is_ascii_digit()))) {
+                continue;
+            }
+            // pyenv's shims are scripts that fail for versions that are not switched on.
+            if let Ok(real) = entry.path().canonicalize()
+                && is_elf(&real)
+            {
+                executables.insert(real);
+            }
+        }
+    }
+    let found: Vec<(PathBuf, Brief)> = executables
+        .into_par_iter()
+        .filter_map(|path| probe::brief(&path).ok().map(|brief| (path, brief)))
+        .filter(|(path, brief)| brief.check(path).is_ok())
+        .collect();
+    (found, format!("PATH, /usr/local/bin, /usr/bin, {} and {}", roots[0].display(), roots[1].display()))
+}
+
+fn is_elf(path: &Path) -> bool {
+    use std::io::Read;
+    let mut magic = [0; 4];
+    fs::File::open(path).and_then(|mut f| f.read_exact(&mut magic)).is_ok() && magic == *b"\x7fELF"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_read() {
+        for (text, version, free_threaded, accepted) in [
+            ("3", "3.12.1", false, true),
+            ("3.11", "3.11.7", false, true),
+            ("3.1", "3.11.7", false, false),
+            ("3.11.7", "3.11.8", false, false),
+            ("cpython3.11", "3.11.7", false, true),
+            ("cpython@3.11", "3.11.7", false, true),
+            ("Python3.11", "3.11.7", false, true),
+            (">=3.9,<3.12", "3.11.7", false, true),
+            (">=3.9, <3.12", "3.12.0", false, false),
+            ("3.13", "3.13.0", true, false),
+            ("3.13t", "3.13.0", true, true),
+            ("3.14", "3.14.0rc1", false, false),
+            ("3.14.0rc1", "3.14.0rc1", false, true),
+        ] {
+            assert_eq!(Wanted::parse(text).unwrap().accepts(version, free_threaded), accepted, "{text} {version}");
+        }
+        assert!(matches!(Wanted::parse("/usr/bin/python3").unwrap(), Wanted::Path(_)));
+        assert!(matches!(Wanted::parse("./venv/bin/python").unwrap(), Wanted::Path(p) if p.is_absolute()));
+        assert_eq!(Wanted::parse("pypy3.10").unwrap_err().kind(), Kind::Unsupported);
+        for bad in ["", "banana", "3.x", ">=banana", "-3"] {
+            assert!(Wanted::parse(bad).is_err() || bad == "-3", "{bad}");
+        }
+    }
+}

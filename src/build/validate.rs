@@ -1,0 +1,190 @@
+//! What is checked of a version before it is published.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use uv_normalize::PackageName;
+use uv_pep440::{Version as PythonVersion, VersionSpecifiers};
+use uv_pep508::{Requirement, VerbatimUrl, VersionOrUrl};
+
+use super::uv::clean_environment;
+use crate::environment::lock::marker_environment;
+use crate::environment::{Digest, Interpreter, Version};
+use crate::error::{Error, Kind, Result};
+use crate::store::LayerDoc;
+
+/// What `uv pip check` would say of `layers` on `python`, without starting it: one sentence per problem, in uv's words.
+pub fn check_requirements(layers: &[Arc<LayerDoc>], python: &Interpreter) -> Result<Vec<String>> {
+    let environment = marker_environment(&python.markers)?;
+    let python_version = PythonVersion::from_str(&python.version).ok();
+    let installed: BTreeMap<&str, &str> =
+        layers.iter().map(|layer| (layer.meta.name.as_str(), layer.meta.version.as_str())).collect();
+    let mut problems = Vec::new();
+    for layer in layers {
+        let name = &layer.meta.name;
+        if let (Some(text), Some(version)) = (&layer.meta.requires_python, &python_version)
+            && VersionSpecifiers::from_str(text).is_ok_and(|wanted| !wanted.contains(version))
+        {
+            problems.push(format!("The package `{name}` requires Python {text}, but `{version}` is installed"));
+        }
+        for text in &layer.meta.requires {
+            // What no tool can read cannot be checked; uv installed it all the same.
+            let Ok(requirement) = Requirement::<VerbatimUrl>::from_str(text) else { continue };
+            if !requirement.evaluate_markers(&environment, &[]) {
+                continue;
+            }
+            let specifiers = match &requirement.version_or_url {
+                Some(VersionOrUrl::VersionSpecifier(specifiers)) => specifiers.clone(),
+                _ => VersionSpecifiers::empty(),
+            };
+            let wanted = format!("{}{specifiers}", requirement.name);
+            match installed.get(requirement.name.as_str()) {
+                None => problems.push(format!("The package `{name}` requires `{wanted}`, but it's not installed")),
+                Some(there) => {
+                    if PythonVersion::from_str(there).is_ok_and(|version| !specifiers.contains(&version)) {
+                        problems.push(format!("The package `{name}` requires `{wanted}`, but `{there}` is installed"));
+                    }
+                }
+            }
+        }
+    }
+    problems.sort();
+    problems.dedup();
+    Ok(problems)
+}
+
+/// Runs in the environment and tells, as JSON, where it is and what it finds.
+const TRIAL: &str = "\
+import json, os, sys
+from importlib.metadata import distributions
+found = [(d.metadata['Name'], d.version) for d in distributions()]
+print(json.dumps({'prefix': os.path.realpath(sys.prefix), 'base_prefix': os.path.realpath(sys.base_prefix), 'found': found}))
+";
+
+/// The command that starts the interpreter of a version shown at `version_dir` (the directory with `.venv` in it).
+pub fn trial_command(version_dir: &Path, _version: &Version) -> Command {
+    let mut command = Command::new(version_dir.join(".venv/bin/python"));
+    command.args(["-I", "-B", "-c", TRIAL]);
+    clean_environment(&mut command);
+    command.env_remove("LD_LIBRARY_PATH").env_remove("LD_PRELOAD");
+    command
+}
+
+/// Judges what [`trial_command`] printed: the interpreter runs from the view, and finds every distribution of `layers`.
+///
+/// # Errors
+/// [`Kind::Failed`], with what Python printed as detail.
+pub fn judge_trial(version_dir: &Path, layers: &[Arc<LayerDoc>], output: &Output) -> Result<()> {
+    let words = String::from_utf8_lossy(&output.stderr).trim().to_string();
+    let fail = |message: String| {
+        Err(Error::new(Kind::Failed, message)
+            .detail(words.clone())
+            .hint("the current version stays as it is; --no-validate publishes without this check"))
+    };
+    if !output.status.success() {
+        return fail(format!("the interpreter does not start from the view ({})", output.status));
+    }
+    #[derive(Deserialize)]
+    struct Answer {
+        prefix: String,
+        base_prefix: String,
+        found: Vec<(Option<String>, Option<String>)>,
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let Ok(answer) = serde_json::from_str::<Answer>(text.lines().last().unwrap_or_default()) else {
+        return fail("the interpreter started from the view does not answer".into());
+    };
+    let real = version_dir.canonicalize().unwrap_or_else(|_| version_dir.to_path_buf());
+    for (what, path, expected) in
+        [("prefix", &answer.prefix, real.join(".venv")), ("base_prefix", &answer.base_prefix, real.join(".python"))]
+    {
+        if Path::new(path) != expected {
+            return fail(format!("sys.{what} of the view is {path}, where {} was expected", expected.display()));
+        }
+    }
+    let mut found = BTreeMap::new();
+    for (name, version) in answer.found {
+        if let (Some(name), Some(version)) = (name, version) {
+            let name = PackageName::from_str(&name).map_or(name, |n| n.as_str().to_string());
+            found.insert(name, version);
+        }
+    }
+    for layer in layers {
+        let (name, version) = (&layer.meta.name, &layer.meta.version);
+        match found.get(name) {
+            Some(there) if there == version => {}
+            Some(there) => return fail(format!("the view shows {name} {there}, where {version} was expected")),
+            None => return fail(format!("the view does not show {name} {version} to importlib.metadata")),
+        }
+    }
+    Ok(())
+}
+
+/// Name of the note that a version like this has started here before. What decides whether an interpreter starts is the
+/// interpreter and what runs at its start.
+pub(super) fn proof_note(version: &Version, layers: &[Arc<LayerDoc>]) -> String {
+    let mut text = format!("{} {}", version.interpreter.layer, version.scaffold);
+    for layer in layers.iter().filter(|layer| !layer.meta.startup_files.is_empty()) {
+        text.push_str(&format!(" {}", layer.digest));
+    }
+    format!("started {}", Digest::of(text.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{LayerKind, LayerMeta};
+
+    fn layer(name: &str, version: &str, requires: &[&str], python: Option<&str>) -> Arc<LayerDoc> {
+        let meta = LayerMeta {
+            kind: LayerKind::Wheel,
+            name: name.into(),
+            version: version.into(),
+            abi: String::new(),
+            requires: requires.iter().map(|r| r.to_string()).collect(),
+            requires_python: python.map(str::to_string),
+            startup_files: vec![],
+            uncompiled: BTreeMap::new(),
+            bytecode: true,
+        };
+        let digest = Digest::of(name.as_bytes());
+        Arc::new(LayerDoc {
+            format: 1,
+            digest,
+            meta,
+            rows: 0,
+            files: 0,
+            bytes: 0,
+            pack: None,
+            blobs: vec![],
+            claims: vec![],
+        })
+    }
+
+    #[test]
+    fn problems_are_told_in_the_words_of_uv() {
+        let python = crate::environment::cpython311();
+        let layers = [
+            layer(
+                "requests",
+                "2.31.0",
+                &["idna<4,>=2.5", "urllib3<3,>=1.21.1", "PySocks>=1 ; extra == 'socks'", "???"],
+                None,
+            ),
+            layer("urllib3", "1.20", &["win ; sys_platform == 'win32'"], Some(">=3.12")),
+        ];
+        let problems = check_requirements(&layers, &python).unwrap();
+        assert_eq!(
+            problems,
+            [
+                "The package `requests` requires `idna>=2.5,<4`, but it's not installed",
+                "The package `requests` requires `urllib3>=1.21.1,<3`, but `1.20` is installed",
+                "The package `urllib3` requires Python >=3.12, but `3.11.7` is installed",
+            ]
+        );
+    }
+}

@@ -1,0 +1,413 @@
+//! Builds with real uv and real wheels. uv is found through `ENVFABRIC_UV` or `PATH`; packages come from PyPI.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Instant;
+
+use envfabric::build::{self, Context, Created, Event, Input, Outcome, Progress, Request, Uv};
+use envfabric::environment::{Digest, Version};
+use envfabric::error::{Error, Kind, Result};
+use envfabric::store::{Index, LayerDoc, Node, Place, Store};
+use tempfile::TempDir;
+
+/// A store of its own with everything around it.
+struct Room {
+    dir: TempDir,
+    store: Store,
+    index: Index,
+    uv: Uv,
+    python: Option<String>,
+    events: Events,
+}
+
+#[derive(Default)]
+struct Events(Mutex<Vec<String>>);
+
+impl Progress for Events {
+    fn event(&self, event: &Event<'_>) {
+        self.0.lock().unwrap().push(format!("{event:?}"));
+    }
+}
+
+impl Room {
+    fn new() -> Room {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(&dir.path().join("store")).unwrap();
+        let index = Index::open(&dir.path().join("state"), &store).unwrap();
+        let uv = Uv::new(None);
+        if let Err(error) = uv.path() {
+            panic!("these tests need uv: {error:?}");
+        }
+        Room { dir, store, index, uv, python: Some(python("3.11")), events: Events::default() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn context(&self) -> Context<'_> {
+        Context {
+            store: &self.store,
+            index: &self.index,
+            uv: &self.uv,
+            state: self.path("state"),
+            scratch: self.path("scratch"),
+            progress: &self.events,
+            trial: None,
+        }
+    }
+
+    fn request(&self, input: Input) -> Request {
+        let mut request = Request::new("demo/a".parse().unwrap(), input);
+        request.python = self.python.clone();
+        request
+    }
+
+    fn create(&self, requirements: &[&str]) -> Result<Created> {
+        build::create(&self.context(), &self.request(wanted(requirements)))
+    }
+
+    /// Every path of a layer with what it is.
+    fn paths(&self, layer: &Digest) -> Vec<String> {
+        let catalog = self.store.catalog(layer).unwrap();
+        let rows = catalog.verify().unwrap();
+        rows.iter()
+            .filter(|r| !r.node.is_dir())
+            .map(|r| String::from_utf8(catalog.path_of(r.id).unwrap()).unwrap())
+            .collect()
+    }
+
+    fn read(&self, layer: &Digest, path: &str) -> String {
+        let catalog = self.store.catalog(layer).unwrap();
+        let row = catalog.find(path.as_bytes()).unwrap().unwrap_or_else(|| panic!("no {path}"));
+        let Node::File { size, place, digest, .. } = row.node else { panic!("{path} is no file") };
+        let bytes = match place {
+            Place::Blob => self.store.read_blob(&digest).unwrap(),
+            Place::Pack { offset } => {
+                let pack = fs::read(self.store.pack_path(catalog.pack().unwrap())).unwrap();
+                pack[offset as usize..(offset + size) as usize].to_vec()
+            }
+        };
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    fn lock_text(&self, version: &Version) -> String {
+        String::from_utf8(self.store.read_blob(&version.lock.as_ref().unwrap().blob).unwrap()).unwrap()
+    }
+}
+
+fn wanted(requirements: &[&str]) -> Input {
+    Input::Requirements {
+        requirements: requirements.iter().map(|r| r.to_string()).collect(),
+        files: vec![],
+        constraints: vec![],
+    }
+}
+
+/// A Python of this machine: pyenv's where it is there, else whatever is found.
+fn python(minor: &str) -> String {
+    let home = std::env::var("HOME").unwrap_or_default();
+    let versions = fs::read_dir(format!("{home}/.pyenv/versions")).into_iter().flatten().flatten();
+    let mut found: Vec<PathBuf> = versions
+        .filter(|e| e.file_name().to_string_lossy().starts_with(&format!("{minor}.")))
+        .map(|e| e.path().join(format!("bin/python{minor}")))
+        .filter(|p| p.exists())
+        .collect();
+    found.sort();
+    found.pop().map_or_else(|| minor.to_string(), |p| p.to_string_lossy().into_owned())
+}
+
+fn names(created: &Created) -> Vec<&str> {
+    created.layers.iter().map(|l| l.meta.name.as_str()).collect()
+}
+
+fn layer<'a>(created: &'a Created, name: &str) -> &'a LayerDoc {
+    created.layers.iter().find(|l| l.meta.name == name).unwrap_or_else(|| panic!("no layer {name}"))
+}
+
+/// Makes a wheel with Python's zipfile: `files` as (path, content), `RECORD` listing them all.
+fn wheel(dir: &Path, name: &str, files: &[(&str, &str)]) -> PathBuf {
+    let path = dir.join(format!("{name}-1.0-py3-none-any.whl"));
+    let info = format!("{name}-1.0.dist-info");
+    let mut all: Vec<(String, String)> = files.iter().map(|(p, c)| (p.to_string(), c.to_string())).collect();
+    all.push((format!("{info}/METADATA"), format!("Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")));
+    all.push((
+        format!("{info}/WHEEL"),
+        "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n".into(),
+    ));
+    let record: String = all.iter().map(|(p, _)| format!("{p},,\n")).collect();
+    all.push((format!("{info}/RECORD"), record + &format!("{info}/RECORD,,\n")));
+    let mut zip = zip::ZipWriter::new(fs::File::create(&path).unwrap());
+    for (name, content) in all {
+        zip.start_file(name, zip::write::SimpleFileOptions::default()).unwrap();
+        std::io::Write::write_all(&mut zip, content.as_bytes()).unwrap();
+    }
+    zip.finish().unwrap();
+    path
+}
+
+fn refused(error: &Error, parts: &[&str]) {
+    let text = format!("{error:?}");
+    for part in parts {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+}
+
+#[test]
+fn requirements_become_a_published_version() {
+    let room = Room::new();
+    let created = room.create(&["requests==2.31.0", "six==1.16.0", "docopt==0.6.2"]).unwrap();
+    assert_eq!(created.outcome, Outcome::Published);
+    assert_eq!(names(&created), ["certifi", "charset-normalizer", "docopt", "idna", "requests", "six", "urllib3"]);
+    assert_eq!(room.store.current(&"demo/a".parse().unwrap()).unwrap(), created.version);
+    let six = layer(&created, "six");
+    let paths = room.paths(&six.digest);
+    let sp = "lib/python3.11/site-packages";
+    assert!(paths.contains(&format!("{sp}/six.py")));
+    assert!(paths.contains(&format!("{sp}/__pycache__/six.cpython-311.pyc")));
+    assert!(!paths.iter().any(|p| p.ends_with("REQUESTED")));
+    let record = room.read(&six.digest, &format!("{sp}/six-1.16.0.dist-info/RECORD"));
+    assert!(record.contains("six.py,sha256=") && !record.contains("REQUESTED"), "{record}");
+    assert!(room.lock_text(&created.version).contains("name = \"docopt\""));
+    assert!(layer(&created, "requests").meta.requires.iter().any(|r| r.starts_with("urllib3")));
+    assert!(room.paths(&layer(&created, "charset-normalizer").digest).contains(&"bin/normalizer".to_string()));
+    // The same again publishes nothing; another number of packages does, and installs only what is new.
+    let again = room.create(&["requests==2.31.0", "six==1.16.0", "docopt==0.6.2"]).unwrap();
+    assert_eq!((again.outcome, again.installed, again.version.number), (Outcome::Unchanged, 0, 1));
+    let more = room.create(&["requests==2.31.0", "six==1.16.0", "docopt==0.6.2", "toml==0.10.2"]).unwrap();
+    assert_eq!((more.outcome, more.installed, more.version.number), (Outcome::Published, 1, 2));
+    assert_eq!(fs::read_dir(room.path("scratch")).unwrap().count(), 0, "scratch is removed");
+}
+
+#[test]
+fn a_known_lock_on_a_known_interpreter_starts_no_process() {
+    let mut room = Room::new();
+    let created = room.create(&["six==1.16.0", "idna==3.7"]).unwrap();
+    let lock = room.path("pylock.toml");
+    fs::write(&lock, room.lock_text(&created.version)).unwrap();
+    room.uv = Uv::new(Some("/nonexistent/uv".into()));
+    let start = Instant::now();
+    let mut request = room.request(Input::Lock(lock));
+    request.name = "demo/b".parse().unwrap();
+    let b = build::create(&room.context(), &request).unwrap();
+    println!("known lock: {:?}", start.elapsed());
+    assert_eq!((b.installed, &b.version.layers), (0, &created.version.layers));
+    assert_eq!(b.version.builder.uv, None);
+    // By version instead of path, and without any wish, too.
+    for python in [Some("3.11".to_string()), None] {
+        request.python = python;
+        request.name = "demo/c".parse().unwrap();
+        build::create(&room.context(), &request).unwrap();
+    }
+}
+
+#[test]
+fn two_stores_and_staging_places_give_the_same_layers() {
+    let (a, mut b) = (Room::new(), Room::new());
+    let nested = b.path("deeper/and/deeper");
+    fs::create_dir_all(&nested).unwrap();
+    b.dir = tempfile::tempdir_in(std::env::temp_dir()).unwrap();
+    let wanted = ["numpy==1.26.4", "requests==2.31.0", "docopt==0.6.2"];
+    let (one, two) = (a.create(&wanted).unwrap(), b.create(&wanted).unwrap());
+    assert_eq!(one.version.layers, two.version.layers);
+    assert_eq!(one.version.interpreter, two.version.interpreter);
+    assert_eq!(one.version.scaffold, two.version.scaffold);
+    assert_eq!(one.version.lock, two.version.lock);
+    let scaffold = a.paths(&one.version.scaffold);
+    assert!(scaffold.contains(&"bin/activate".to_string()) && scaffold.contains(&"lib64".to_string()));
+    assert!(!scaffold.iter().any(|p| p.contains("python") || p.contains("pyvenv")), "{scaffold:?}");
+}
+
+#[test]
+fn many_at_once_install_once() {
+    let room = Room::new();
+    let results: Vec<Created> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8)
+            .map(|_| {
+                scope.spawn(|| {
+                    let index = Index::open(&room.path("state"), &room.store).unwrap();
+                    let context =
+                        Context { index: &index, uv: &Uv::new(None), progress: &build::Silent, ..room.context() };
+                    build::create(&context, &room.request(wanted(&["idna==3.7"]))).unwrap()
+                })
+            })
+            .collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    assert_eq!(results.iter().map(|r| r.installed).sum::<usize>(), 1);
+    assert_eq!(results.iter().filter(|r| r.outcome == Outcome::Published).count(), 1);
+    assert_eq!(room.store.version_numbers(&"demo/a".parse().unwrap()).unwrap(), [1]);
+}
+
+#[test]
+fn failures_pass_on_what_uv_says_and_leave_the_current_version() {
+    let room = Room::new();
+    room.create(&["six==1.16.0"]).unwrap();
+    let error = room.create(&["zz-no-such-package-qq1"]).unwrap_err();
+    refused(&error, &["could not be resolved", "zz-no-such-package-qq1 was not found"]);
+    let broken = room.path("broken");
+    fs::create_dir(&broken).unwrap();
+    fs::write(broken.join("pyproject.toml"), "[project]\nname='broken'\nversion='1'\n[build-system]\nrequires=[]\nbuild-backend='backend'\nbackend-path=['.']\n").unwrap();
+    fs::write(
+        broken.join("backend.py"),
+        "def build_wheel(*a, **k):\n    raise SystemExit('the compiler is missing')\n",
+    )
+    .unwrap();
+    let error = room.create(&[broken.to_str().unwrap()]).unwrap_err();
+    refused(&error, &["the compiler is missing"]);
+    let created = room.store.current(&"demo/a".parse().unwrap()).unwrap();
+    assert_eq!(created.number, 1);
+    // A lock whose hash is wrong.
+    let text = room.lock_text(&created);
+    let at = text.find("sha256 = \"").unwrap() + 10;
+    let wrong = format!("{}{}{}", &text[..at], "0".repeat(64), &text[at + 64..]);
+    let at = wrong.rfind("sha256 = \"").unwrap() + 10;
+    let wrong = format!("{}{}{}", &wrong[..at], "0".repeat(64), &wrong[at + 64..]);
+    let lock = room.path("pylock.toml");
+    fs::write(&lock, wrong).unwrap();
+    let error = build::create(&room.context(), &room.request(Input::Lock(lock))).unwrap_err();
+    refused(&error, &["Hash mismatch"]);
+    assert_eq!(room.store.current(&"demo/a".parse().unwrap()).unwrap().number, 1);
+}
+
+#[test]
+fn an_inconsistent_lock_is_refused_unless_told_otherwise() {
+    let room = Room::new();
+    let created = room.create(&["requests==2.31.0"]).unwrap();
+    let text = room.lock_text(&created.version);
+    let kept: Vec<&str> = text.split("[[packages]]").filter(|part| !part.contains("name = \"idna\"")).collect();
+    let lock = room.path("pylock.toml");
+    fs::write(&lock, kept.join("[[packages]]")).unwrap();
+    let mut request = room.request(Input::Lock(lock));
+    let error = build::create(&room.context(), &request).unwrap_err();
+    refused(&error, &["The package `requests` requires `idna>=2.5,<4`, but it's not installed"]);
+    request.validate = false;
+    assert_eq!(build::create(&room.context(), &request).unwrap().layers.len(), 4);
+}
+
+#[test]
+fn hostile_wheels_are_refused_with_the_reason() {
+    let room = Room::new();
+    let cases: [(&str, &[(&str, &str)], &[&str]); 9] = [
+        ("dotdot", &[("../../evil.py", "")], &["dotdot-1.0-py3-none-any.whl", ".."]),
+        ("absolute", &[("/tmp/evil.py", "")], &["absolute path"]),
+        ("backslash", &[("a\\..\\b.py", "")], &["backslash"]),
+        ("datadot", &[("datadot-1.0.data/data/../../evil", "")], &[".."]),
+        ("activate", &[("activate-1.0.data/scripts/activate", "evil")], &["\"activate\"", "bin/activate"]),
+        ("config", &[("config-1.0.data/data/pyvenv.cfg", "home = /evil")], &["pyvenv.cfg"]),
+        ("lib64", &[("lib64-1.0.data/data/lib64", "x")], &["lib64"]),
+        ("interp", &[("interp-1.0.data/scripts/python3", "#!python\nx")], &["reserved name"]),
+        (
+            "entry",
+            &[("entry-1.0.dist-info/entry_points.txt", "[console_scripts]\npython = entry:x\n")],
+            &["reserved name"],
+        ),
+    ];
+    for (name, files, parts) in cases {
+        let path = wheel(room.dir.path(), name, files);
+        let error = room.create(&[path.to_str().unwrap()]).unwrap_err();
+        refused(&error, parts);
+    }
+    assert!(room.store.environments().unwrap().is_empty());
+}
+
+#[test]
+fn two_packages_with_one_path_keep_their_own_file_and_the_conflict_is_told() {
+    let room = Room::new();
+    let a = wheel(room.dir.path(), "clash_a", &[("shared.py", "who = 'a'\n"), ("same.py", "x = 1\n"), ("a/x.py", "")]);
+    let b = wheel(room.dir.path(), "clash_b", &[("shared.py", "who = 'b'\n"), ("same.py", "x = 1\n"), ("b/x.py", "")]);
+    let created = room.create(&[a.to_str().unwrap(), b.to_str().unwrap()]).unwrap();
+    let sp = "lib/python3.11/site-packages";
+    for (name, text) in [("clash-a", "who = 'a'\n"), ("clash-b", "who = 'b'\n")] {
+        assert_eq!(room.read(&layer(&created, name).digest, &format!("{sp}/shared.py")), text);
+    }
+    let told: Vec<_> = created.version.conflicts.iter().filter(|c| c.path.ends_with(".py")).collect();
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!((told[0].shown.as_str(), told[0].hidden.as_str()), ("clash-b", "clash-a"));
+}
+
+#[test]
+fn sources_of_every_kind() {
+    let room = Room::new();
+    let dir = room.path("src");
+    fs::create_dir_all(dir.join("mine")).unwrap();
+    fs::write(dir.join("pyproject.toml"), "[project]\nname='mine'\nversion='2.0'\nrequires-python='>=3.9'\ndependencies=['six==1.16.0']\n[project.optional-dependencies]\nnet=['idna==3.7']\n[dependency-groups]\ndev=['toml==0.10.2']\nextra=['docopt==0.6.2']\n[build-system]\nrequires=['flit_core==3.9.0']\nbuild-backend='flit_core.buildapi'\n").unwrap();
+    fs::write(dir.join("mine/__init__.py"), "'''Mine'''\nx = 1\n").unwrap();
+    // A source directory as a requirement: built each time, as it may have changed.
+    let created = room.create(&[dir.to_str().unwrap()]).unwrap();
+    assert_eq!(names(&created), ["mine", "six"]);
+    assert!(
+        room.paths(&layer(&created, "mine").digest)
+            .contains(&"lib/python3.11/site-packages/mine/__init__.py".to_string())
+    );
+    fs::write(dir.join("mine/__init__.py"), "'''Mine'''\nx = 2\n").unwrap();
+    let changed = room.create(&[dir.to_str().unwrap()]).unwrap();
+    assert_ne!(changed.version.layers, created.version.layers);
+    // A project without a lock, with one, and with a stale one.
+    let project = |extras: &[&str], groups: &[&str], no_default_groups: bool| {
+        let mut request = room.request(Input::Project(dir.clone()));
+        request.name = "demo/project".parse().unwrap();
+        request.extras = extras.iter().map(|e| e.to_string()).collect();
+        request.groups = groups.iter().map(|e| e.to_string()).collect();
+        request.no_default_groups = no_default_groups;
+        build::create(&room.context(), &request)
+    };
+    refused(&project(&[], &[], false).unwrap_err(), &["no uv.lock", "uv lock --project"]);
+    room.uv.run(["lock", "--python", &python("3.11"), "--project", dir.to_str().unwrap()], &build::Silent).unwrap();
+    let before = fs::read_dir(&dir).unwrap().count();
+    assert_eq!(names(&project(&[], &[], false).unwrap()), ["mine", "six", "toml"]);
+    let created = project(&["net"], &["extra"], true).unwrap();
+    assert_eq!(names(&created), ["docopt", "idna", "mine", "six"]);
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), before, "nothing is written into the project");
+    assert_eq!(created.version.lock.as_ref().unwrap().name, "uv.lock");
+    assert_eq!(room.lock_text(&created.version), fs::read_to_string(dir.join("uv.lock")).unwrap());
+    assert!(created.version.pyproject.is_some());
+    refused(&project(&["nope"], &[], true).unwrap_err(), &["nope"]);
+    // The lock by itself, in place and elsewhere.
+    for (path, expected) in
+        [(dir.join("uv.lock"), vec!["mine", "six", "toml"]), (room.path("my.lock"), vec!["six", "toml"])]
+    {
+        if !path.exists() {
+            fs::copy(dir.join("uv.lock"), &path).unwrap();
+        }
+        let mut request = room.request(Input::Lock(path));
+        request.name = "demo/lock".parse().unwrap();
+        assert_eq!(names(&build::create(&room.context(), &request).unwrap()), expected);
+    }
+    let text = fs::read_to_string(dir.join("pyproject.toml")).unwrap().replace("six==1.16.0", "six==1.15.0");
+    fs::write(dir.join("pyproject.toml"), text).unwrap();
+    refused(&project(&[], &[], false).unwrap_err(), &["needs to be updated", "run `uv lock"]);
+    // Requirements files with hashes and constraints.
+    let file = room.path("requirements.txt");
+    fs::write(&file, "six==1.16.0 --hash=sha256:8abb2f1d86890a2dfb989f9a77cfcfd3e47c2a354b01111771326f8aa26e0254\n")
+        .unwrap();
+    let input = Input::Requirements { requirements: vec![], files: vec![file.clone()], constraints: vec![] };
+    let created = build::create(&room.context(), &room.request(input)).unwrap();
+    assert_eq!(names(&created), ["six"]);
+    let input = Input::Requirements {
+        requirements: vec!["six".into()],
+        files: vec![],
+        constraints: vec![room.path("none.txt")],
+    };
+    assert_eq!(build::create(&room.context(), &room.request(input)).unwrap_err().kind(), Kind::NotFound);
+}
+
+#[test]
+fn files_that_do_not_compile_are_told_and_shown_without_bytecode() {
+    let room = Room::new();
+    let path = wheel(
+        room.dir.path(),
+        "old",
+        &[("old/__init__.py", ""), ("old/two.py", "print 'x'\n"), ("z.pth", "import sys\n")],
+    );
+    let created = room.create(&[path.to_str().unwrap()]).unwrap();
+    let old = layer(&created, "old");
+    assert_eq!(old.meta.uncompiled.keys().collect::<Vec<_>>(), ["lib/python3.11/site-packages/old/two.py"]);
+    assert_eq!(old.meta.startup_files, ["lib/python3.11/site-packages/z.pth"]);
+    let mut request = room.request(wanted(&[path.to_str().unwrap()]));
+    request.bytecode = false;
+    let plain = build::create(&room.context(), &request).unwrap();
+    assert!(!room.paths(&plain.version.layers[0]).iter().any(|p| p.ends_with(".pyc")));
+    assert_ne!(plain.version.layers, created.version.layers);
+}
