@@ -17,9 +17,10 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
-pub mod cli;
 pub mod build;
+pub mod cli;
 pub mod environment;
 pub mod error;
 pub mod store;
 pub mod sys;
+pub mod view;

@@ -1,0 +1,602 @@
+//! The view: version -> merged tree -> inode numbers -> attributes and bytes. Ordinary Rust, no kernel.
+//!
+//! ```text
+//! /                                                 Root
+//!   <workflow>/                                     Name      names that move: answers age
+//!     <node>/                                       Name
+//!       .venv -> .versions/<n>/.venv                Special   a new inode per target
+//!       pyproject.toml, pylock.toml, metadata.json  Special   links to the current version's
+//!       .versions/                                  Versions
+//!         <n>/                                      Special   from here on nothing ever changes
+//!           metadata.json, pyproject.toml, lock     Special
+//!           .python/                                Dir       the interpreter's layer
+//!             bin/python3.11                        Row
+//!           .venv/                                  Dir       scaffold + layers, later wins
+//!             pyvenv.cfg                            Special   rendered for whoever reads it
+//!             bin/python -> ../../.python/bin/...   Special
+//!             lib/python3.11/site-packages/...      Dir, Row
+//! ```
+//!
+//! [`Tree`] answers by inode number ([`Ino`]) and keeps no state per inode that was looked at: everything behind a
+//! number is found again from the number alone, with the help of bounded memories. It may be asked from many threads.
+
+mod bytes;
+mod inode;
+mod listing;
+mod lru;
+mod merge;
+pub mod mountinfo;
+mod names;
+mod slots;
+mod version;
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+pub use inode::{Ino, Object, ROWS_MAX, SLOTS_MAX, Special};
+pub use listing::EntryRef;
+pub use names::{FRESH, NameChange, Time, WATCHED};
+pub use version::CONFIG_SIZE;
+
+use crate::environment::{Digest, EnvName, Version};
+use crate::error::{Error, Kind, Result};
+use crate::store::{Catalog, FILE_MTIME, Index, LayerKind, Node, Place, Row, Store};
+use bytes::{Holder, Location, Objects};
+use lru::Lru;
+use merge::{Content, MergedDir};
+use names::{Age, Names};
+use slots::Slots;
+use version::{Layers, VersionView, damaged, gone};
+
+/// Open catalogs: each costs about 150 KB and a descriptor.
+const CATALOGS_MAX: usize = 256;
+/// Names in listings that are kept, over all directories.
+const NAMES_MAX: usize = 500_000;
+/// Directories whose parts are kept.
+const DIRS_MAX: usize = 32_768;
+/// Files whose place is kept.
+const LOCATIONS_MAX: usize = 65_536;
+/// Versions whose documents are kept.
+const VERSIONS_MAX: usize = 1024;
+/// Failures that are told; a store that fails in more ways is known to be broken by then.
+const TOLD_MAX: usize = 4096;
+
+/// What sort of thing an inode is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileKind {
+    /// A directory.
+    Dir,
+    /// A regular file.
+    File,
+    /// A symbolic link.
+    Symlink,
+}
+
+/// Attributes of an inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attr {
+    /// Its number.
+    pub ino: Ino,
+    /// What it is.
+    pub kind: FileKind,
+    /// Bytes.
+    pub size: u64,
+    /// Permission bits.
+    pub mode: u16,
+    /// 2 and the number of subdirectories for a directory, else 1.
+    pub nlink: u32,
+    /// Modification time.
+    pub mtime: Time,
+    /// True when it never changes, nor what name leads to it.
+    pub lasting: bool,
+}
+
+#[derive(Debug, Clone)]
+struct DirEntry {
+    name: Vec<u8>,
+    ino: Ino,
+    kind: FileKind,
+}
+
+/// A directory as it was at one time, `.` and `..` first, the rest sorted: positions in it are offsets.
+#[derive(Debug, Clone)]
+pub struct Listing {
+    head: [DirEntry; 2],
+    rest: Rest,
+}
+
+#[derive(Debug, Clone)]
+enum Rest {
+    Lasting(Arc<Content>, Time),
+    Moving(Arc<Vec<DirEntry>>),
+}
+
+/// How a file's bytes are to be had.
+#[derive(Debug)]
+pub enum Opened {
+    /// They never change: the kernel may keep them.
+    Lasting,
+    /// They never change, and are all there is in this open file of the store, which has this many of them.
+    Whole(Arc<File>, u64),
+    /// They differ by who reads: the kernel must not keep them.
+    ByReader,
+}
+
+/// Who reads: a thread id as this process sees it, where it sees it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Reader {
+    /// Thread id; none when the reader is outside this process's pid namespace.
+    pub tid: Option<u32>,
+}
+
+/// Where a tree is mounted.
+#[derive(Debug, Clone)]
+pub struct Mountpoint {
+    /// The directory.
+    pub path: PathBuf,
+    /// The device number that the mount got, major and minor.
+    pub dev: (u32, u32),
+}
+
+/// What the kernel may have kept and is now wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changed {
+    /// A directory whose listing and attributes changed.
+    pub dir: Ino,
+    /// Names in it that lead elsewhere now; only symbolic links are named here, because to invalidate the name of a
+    /// directory would unmount everything below it.
+    pub links: Vec<String>,
+}
+
+/// Everything that a mount of one store shows.
+#[derive(Debug)]
+pub struct Tree {
+    store: Store,
+    index: Arc<Index>,
+    names: Names,
+    mountpoint: OnceLock<Mountpoint>,
+    layer_slots: Slots<Digest>,
+    version_slots: Slots<(EnvName, u64)>,
+    name_slots: Slots<NameKey>,
+    versions: Lru<u32, Arc<VersionView>>,
+    catalogs: Lru<Digest, Arc<Mutex<Catalog>>>,
+    dirs: Lru<(u32, u32), Arc<MergedDir>>,
+    contents: Lru<Ino, Arc<Content>>,
+    locations: Lru<Ino, Location>,
+    objects: Objects,
+    told: Mutex<HashSet<String>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum NameKey {
+    Workflow(String),
+    Node(EnvName),
+}
+
+impl Tree {
+    /// Everything in `store`.
+    pub fn new(store: Store, index: Arc<Index>) -> Tree {
+        let names = Names::of_store(store.clone());
+        Tree::with_names(store, index, names)
+    }
+
+    /// Nothing but `draft`, which need not be published (its layers must be in the store).
+    pub fn of_draft(store: Store, index: Arc<Index>, draft: Version) -> Tree {
+        Tree::with_names(store, index, Names::of_draft(draft))
+    }
+
+    fn with_names(store: Store, index: Arc<Index>, names: Names) -> Tree {
+        Tree {
+            store,
+            index,
+            names,
+            mountpoint: OnceLock::new(),
+            layer_slots: Slots::new(),
+            version_slots: Slots::new(),
+            name_slots: Slots::new(),
+            versions: Lru::new(VERSIONS_MAX),
+            catalogs: Lru::new(CATALOGS_MAX),
+            dirs: Lru::new(DIRS_MAX),
+            contents: Lru::single(NAMES_MAX),
+            locations: Lru::new(LOCATIONS_MAX),
+            objects: Objects::new(),
+            told: Mutex::default(),
+        }
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Tells where the tree is mounted, once that is known.
+    pub fn set_mountpoint(&self, mountpoint: Mountpoint) {
+        // A tree is mounted once.
+        let _ = self.mountpoint.set(mountpoint);
+    }
+
+    /// Logs a failure the first time it is seen; an absent name is none.
+    pub fn tell(&self, error: &Error) {
+        if error.is_not_found() {
+            return;
+        }
+        let text = error.chain();
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.len() < TOLD_MAX && told.insert(text.clone()) {
+            tracing::error!("{text}");
+        }
+    }
+
+    /// Asks the store for changes of all names asked for lately; false when there were none.
+    pub fn refresh(&self) -> bool {
+        self.names.refresh()
+    }
+
+    /// What has changed since the last call.
+    pub fn take_changes(&self) -> Vec<Changed> {
+        let changes = self.names.take_changes();
+        changes.into_iter().filter_map(|change| self.changed(change).ok().flatten()).collect()
+    }
+
+    fn changed(&self, change: NameChange) -> Result<Option<Changed>> {
+        let slot = |key: NameKey| self.name_slots.slot(&key);
+        let name = |slot: Option<u32>| slot.map(|slot| Ino::encode(Object::Name { slot })).transpose();
+        let mut links = Vec::new();
+        let dir = match change {
+            NameChange::Workflows => Some(Ino::ROOT),
+            NameChange::Nodes(workflow) => name(slot(NameKey::Workflow(workflow)))?,
+            NameChange::Current(env) => {
+                let names = [".venv", "metadata.json", "pyproject.toml", "pylock.toml", "uv.lock"];
+                links.extend(names.map(String::from));
+                name(slot(NameKey::Node(env)))?
+            }
+            NameChange::Versions(env) => {
+                slot(NameKey::Node(env)).map(|slot| Ino::encode(Object::Versions { slot })).transpose()?
+            }
+        };
+        Ok(dir.map(|dir| Changed { dir, links }))
+    }
+
+    /// Where `name` in directory `dir` leads; none when there is no such name. Knows `.` and `..`.
+    pub fn lookup(&self, dir: Ino, name: &[u8]) -> Result<Option<Attr>> {
+        if name == b"." {
+            return self.attr(dir).map(Some);
+        }
+        if name == b".." {
+            return self.parent(dir).and_then(|parent| self.attr(parent)).map(Some);
+        }
+        match dir.decode().ok_or_else(gone)? {
+            Object::Root => {
+                let Some(workflow) = part(name) else { return Ok(None) };
+                if !self.names.has_workflow(workflow)? {
+                    return Ok(None);
+                }
+                let slot = self.name_slots.ensure(&NameKey::Workflow(workflow.into()))?;
+                self.name_attr(slot, Age::Any).map(Some)
+            }
+            Object::Name { slot } => self.lookup_name(slot, name),
+            Object::Versions { slot } => self.lookup_version(slot, name),
+            Object::Special { version, special: Special::Root } => {
+                let view = self.version(version)?;
+                match self.root_entry(&view, name)? {
+                    Some(ino) => self.attr(ino).map(Some),
+                    None => Ok(None),
+                }
+            }
+            Object::Dir { version, index } => {
+                let view = self.version(version)?;
+                let dir = self.merged_dir(&view, index)?;
+                match self.child(&view, &dir, name)? {
+                    None => Ok(None),
+                    Some((ino, Some(below), _)) => self.dir_attr(&view, &below, ino).map(Some),
+                    Some((ino, None, Some(row))) => Ok(Some(row_attr(ino, &row.node))),
+                    Some((ino, None, None)) => self.attr(ino).map(Some),
+                }
+            }
+            Object::Row { .. } | Object::Special { .. } => Err(not_a_directory()),
+        }
+    }
+
+    fn lookup_name(&self, slot: u32, name: &[u8]) -> Result<Option<Attr>> {
+        match self.name_slots.key(slot).ok_or_else(gone)? {
+            NameKey::Workflow(workflow) => {
+                let Some(env) = part(name).and_then(|node| EnvName::new(&workflow, node).ok()) else {
+                    return Ok(None);
+                };
+                if self.names.env(&env, Age::Fresh)?.is_none() {
+                    return Ok(None);
+                }
+                let slot = self.name_slots.ensure(&NameKey::Node(env))?;
+                self.name_attr(slot, Age::Any).map(Some)
+            }
+            NameKey::Node(env) => {
+                if name == b".versions" {
+                    return self.versions_attr(slot, &env, Age::Any).map(Some);
+                }
+                let Some(current) = self.names.env(&env, Age::Fresh)? else { return Ok(None) };
+                let view = self.version_of(&env, current.current)?;
+                let link = node_links(&view).into_iter().find(|(link, _)| link.as_bytes() == name);
+                link.map(|(_, special)| merge::special(&view, special).and_then(|ino| self.attr(ino))).transpose()
+            }
+        }
+    }
+
+    fn lookup_version(&self, slot: u32, name: &[u8]) -> Result<Option<Attr>> {
+        let Some(NameKey::Node(env)) = self.name_slots.key(slot) else { return Err(gone()) };
+        let Some(number) = std::str::from_utf8(name).ok().and_then(|text| text.parse::<u64>().ok()) else {
+            return Ok(None);
+        };
+        if number.to_string().as_bytes() != name {
+            return Ok(None); // a version has one name
+        }
+        let view = match self.version_of(&env, number) {
+            Err(error) if error.is_not_found() => return Ok(None),
+            other => other?,
+        };
+        self.names.mark_used(&env);
+        self.attr(merge::special(&view, Special::Root)?).map(Some)
+    }
+
+    /// Attributes of `ino`.
+    pub fn attr(&self, ino: Ino) -> Result<Attr> {
+        match ino.decode().ok_or_else(gone)? {
+            Object::Root => {
+                let known = self.names.workflows(Age::Fresh)?;
+                Ok(moving_dir(ino, known.value.len(), known.mtime))
+            }
+            Object::Name { slot } => self.name_attr(slot, Age::Fresh),
+            Object::Versions { slot } => {
+                let Some(NameKey::Node(env)) = self.name_slots.key(slot) else { return Err(gone()) };
+                self.versions_attr(slot, &env, Age::Fresh)
+            }
+            Object::Row { layer, row } => Ok(row_attr(ino, &self.row(layer, row)?.node)),
+            Object::Dir { version, index } => {
+                let view = self.version(version)?;
+                let dir = self.merged_dir(&view, index)?;
+                self.dir_attr(&view, &dir, ino)
+            }
+            Object::Special { version, special } => self.special_attr(&*self.version(version)?, special),
+        }
+    }
+
+    fn name_attr(&self, slot: u32, age: Age) -> Result<Attr> {
+        let ino = Ino::encode(Object::Name { slot })?;
+        match self.name_slots.key(slot).ok_or_else(gone)? {
+            NameKey::Workflow(workflow) => {
+                let known = self.names.nodes(&workflow, age)?;
+                Ok(moving_dir(ino, known.value.len(), known.mtime))
+            }
+            // A removed one that somebody stands in keeps its last time.
+            NameKey::Node(env) => {
+                let mtime = self.names.env(&env, age)?.map_or((0, 0), |env| env.mtime);
+                Ok(moving_dir(ino, 1, mtime))
+            }
+        }
+    }
+
+    fn versions_attr(&self, slot: u32, env: &EnvName, age: Age) -> Result<Attr> {
+        let known = self.names.versions(env, age)?;
+        Ok(moving_dir(Ino::encode(Object::Versions { slot })?, known.value.len(), known.mtime))
+    }
+
+    fn dir_attr(&self, view: &VersionView, dir: &MergedDir, ino: Ino) -> Result<Attr> {
+        Ok(lasting_dir(ino, self.subdirs(view, dir)?, view.created()))
+    }
+
+    fn special_attr(&self, view: &VersionView, special: Special) -> Result<Attr> {
+        let ino = merge::special(view, special)?;
+        let file = |size: u64| Attr {
+            ino,
+            kind: FileKind::File,
+            size,
+            mode: 0o644,
+            nlink: 1,
+            mtime: (FILE_MTIME, 0),
+            lasting: true,
+        };
+        match special {
+            Special::Root => Ok(lasting_dir(ino, 2, view.created())),
+            Special::Config => Ok(file(CONFIG_SIZE as u64)),
+            Special::Metadata => Ok(file(view.metadata(&*self.layers(view)?)?.len() as u64)),
+            Special::Lock | Special::Project => Ok(file(view.document(special).ok_or_else(gone)?.size)),
+            link => {
+                let size = view.link_target(link).ok_or_else(gone)?.len() as u64;
+                let attr = Attr { kind: FileKind::Symlink, mode: 0o777, ..file(size) };
+                // The node's links have a new inode per target, but the name leads elsewhere one day.
+                Ok(Attr { lasting: !link.is_node_link(), ..attr })
+            }
+        }
+    }
+
+    /// The directory that directory `ino` is in; the root is in itself.
+    fn parent(&self, ino: Ino) -> Result<Ino> {
+        match ino.decode().ok_or_else(gone)? {
+            Object::Root => Ok(Ino::ROOT),
+            Object::Name { slot } => match self.name_slots.key(slot).ok_or_else(gone)? {
+                NameKey::Workflow(_) => Ok(Ino::ROOT),
+                NameKey::Node(env) => {
+                    let slot = self.name_slots.ensure(&NameKey::Workflow(env.workflow().into()))?;
+                    Ino::encode(Object::Name { slot })
+                }
+            },
+            Object::Versions { slot } => Ino::encode(Object::Name { slot }),
+            Object::Special { version, special: Special::Root } => {
+                let (env, _) = self.version_slots.key(version).ok_or_else(gone)?;
+                Ino::encode(Object::Versions { slot: self.name_slots.ensure(&NameKey::Node(env))? })
+            }
+            Object::Dir { version, index } => Ok(self.merged_dir(&*self.version(version)?, index)?.parent),
+            Object::Row { .. } | Object::Special { .. } => Err(not_a_directory()),
+        }
+    }
+
+    /// What symbolic link `ino` points to.
+    pub fn readlink(&self, ino: Ino) -> Result<Vec<u8>> {
+        match ino.decode().ok_or_else(gone)? {
+            Object::Row { layer, row } => match self.row(layer, row)?.node {
+                Node::Symlink { target } => Ok(target),
+                _ => Err(not_a_link()),
+            },
+            Object::Special { version, special } => {
+                let target = self.version(version)?.link_target(special);
+                target.map(String::into_bytes).ok_or_else(not_a_link)
+            }
+            _ => Err(not_a_link()),
+        }
+    }
+
+    /// How the bytes of file `ino` are to be had. Nothing is kept for it: a read needs the number alone.
+    pub fn open(&self, ino: Ino) -> Result<Opened> {
+        match ino.decode().ok_or_else(gone)? {
+            Object::Row { .. } => {
+                let at = self.location(ino)?;
+                match at.holder {
+                    Holder::Blob(_) => Ok(Opened::Whole(self.objects.open(&self.store, at.holder)?, at.size)),
+                    Holder::Pack(_) => Ok(Opened::Lasting),
+                }
+            }
+            Object::Special { special: Special::Config, .. } => Ok(Opened::ByReader),
+            Object::Special { special: Special::Metadata | Special::Lock | Special::Project, .. } => {
+                Ok(Opened::Lasting)
+            }
+            _ => Err(Error::new(Kind::Os(libc::EISDIR), "this is no file")),
+        }
+    }
+
+    /// Up to `size` bytes of file `ino` from `offset` on; fewer only at its end.
+    pub fn read(&self, ino: Ino, offset: u64, size: u32, reader: Reader) -> Result<Vec<u8>> {
+        match ino.decode().ok_or_else(gone)? {
+            Object::Special { version, special: Special::Config } => {
+                Ok(cut(&self.config(&*self.version(version)?, reader), offset, size))
+            }
+            Object::Special { version, special: Special::Metadata } => {
+                let view = self.version(version)?;
+                Ok(cut(&view.metadata(&*self.layers(&view)?)?, offset, size))
+            }
+            _ => self.objects.read(&self.store, &self.location(ino)?, offset, size),
+        }
+    }
+
+    fn config(&self, view: &VersionView, reader: Reader) -> Vec<u8> {
+        use std::os::unix::ffi::OsStrExt;
+        let Some(mountpoint) = self.mountpoint.get() else { return view.config(view.path().as_bytes()) };
+        // A reader that is gone, or that may not be looked at, gets the configured mount point.
+        let text = reader.tid.and_then(|tid| std::fs::read(format!("/proc/{tid}/mountinfo")).ok());
+        let reached = text.and_then(|text| {
+            mountinfo::reach(&mountinfo::parse(&text), mountpoint.dev, view.path().as_bytes(), &mountpoint.path)
+        });
+        let dir = reached.unwrap_or_else(|| [mountpoint.path.as_os_str().as_bytes(), view.path().as_bytes()].concat());
+        view.config(&dir)
+    }
+
+    fn location(&self, ino: Ino) -> Result<Location> {
+        if let Some(at) = self.locations.get(&ino) {
+            return Ok(at);
+        }
+        let at = match ino.decode().ok_or_else(gone)? {
+            Object::Row { layer, row } => {
+                let digest = self.layer_slots.key(layer).ok_or_else(gone)?;
+                self.with_catalog(&digest, |catalog| {
+                    let Some(Row { node: Node::File { size, digest, place, .. }, .. }) = catalog.row(row)? else {
+                        return Err(gone());
+                    };
+                    match (place, catalog.pack()) {
+                        (Place::Blob, _) => Ok(Location { holder: Holder::Blob(digest), offset: 0, size }),
+                        (Place::Pack { offset }, Some(pack)) => {
+                            Ok(Location { holder: Holder::Pack(*pack), offset, size })
+                        }
+                        (Place::Pack { .. }, None) => {
+                            let what = format!("the catalog of layer {} names no pack", catalog.layer().short());
+                            Err(Error::new(Kind::Corrupt, what).hint("run `envfabric fsck`"))
+                        }
+                    }
+                })?
+            }
+            Object::Special { version, special: special @ (Special::Lock | Special::Project) } => {
+                let view = self.version(version)?;
+                let document = view.document(special).ok_or_else(gone)?;
+                Location { holder: Holder::Blob(document.blob), offset: 0, size: document.size }
+            }
+            _ => return Err(Error::new(Kind::Os(libc::EISDIR), "this is no file")),
+        };
+        self.locations.put(ino, at);
+        Ok(at)
+    }
+
+    fn row(&self, layer: u32, row: u32) -> Result<Row> {
+        let digest = self.layer_slots.key(layer).ok_or_else(gone)?;
+        self.with_catalog(&digest, |catalog| catalog.row(row))?.filter(|row| !row.node.is_dir()).ok_or_else(gone)
+    }
+
+    fn layers(&self, view: &VersionView) -> Result<Arc<Layers>> {
+        view.layers(&self.store, &self.index, |digest| self.layer_slots.ensure(digest))
+    }
+
+    fn version(&self, slot: u32) -> Result<Arc<VersionView>> {
+        self.versions.get_or(slot, || {
+            let (env, number) = self.version_slots.key(slot).ok_or_else(gone)?;
+            // It was shown, so it must be there.
+            Ok(Arc::new(VersionView::new(self.names.version(&env, number).map_err(damaged)?, slot)))
+        })
+    }
+
+    fn version_of(&self, env: &EnvName, number: u64) -> Result<Arc<VersionView>> {
+        let key = (env.clone(), number);
+        if let Some(slot) = self.version_slots.slot(&key) {
+            return self.version(slot);
+        }
+        let version = self.names.version(env, number)?;
+        let slot = self.version_slots.ensure(&key)?;
+        let view = Arc::new(VersionView::new(version, slot));
+        self.versions.put(slot, view.clone());
+        Ok(view)
+    }
+}
+
+/// The links that a node's directory shows while `view` is current.
+fn node_links(view: &VersionView) -> Vec<(String, Special)> {
+    let mut links =
+        vec![(".venv".to_string(), Special::LinkVenv), ("metadata.json".to_string(), Special::LinkMetadata)];
+    for special in [Special::LinkLock, Special::LinkProject] {
+        links.extend(view.document(special).map(|document| (document.name.clone(), special)));
+    }
+    links
+}
+
+/// `name` where it may be a workflow or a node.
+fn part(name: &[u8]) -> Option<&str> {
+    std::str::from_utf8(name).ok().filter(|text| EnvName::is_part(text))
+}
+
+fn cut(bytes: &[u8], offset: u64, size: u32) -> Vec<u8> {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+    let end = start.saturating_add(size as usize).min(bytes.len());
+    bytes[start..end].to_vec()
+}
+
+fn not_a_directory() -> Error {
+    Error::new(Kind::Os(libc::ENOTDIR), "this is no directory")
+}
+
+fn not_a_link() -> Error {
+    Error::new(Kind::Invalid, "this is no symbolic link")
+}
+
+fn row_attr(ino: Ino, node: &Node) -> Attr {
+    let (kind, size) = match node {
+        Node::File { size, .. } => (FileKind::File, *size),
+        Node::Symlink { target } => (FileKind::Symlink, target.len() as u64),
+        Node::Dir { .. } => (FileKind::Dir, 0),
+    };
+    Attr { ino, kind, size, mode: node.mode(), nlink: 1, mtime: (FILE_MTIME, 0), lasting: true }
+}
+
+fn lasting_dir(ino: Ino, subdirs: u32, mtime: Time) -> Attr {
+    Attr { ino, kind: FileKind::Dir, size: 4096, mode: 0o755, nlink: 2 + subdirs, mtime, lasting: true }
+}
+
+fn moving_dir(ino: Ino, subdirs: usize, mtime: Time) -> Attr {
+    let subdirs = u32::try_from(subdirs).unwrap_or(u32::MAX - 2);
+    Attr { lasting: false, ..lasting_dir(ino, subdirs, mtime) }
+}

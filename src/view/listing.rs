@@ -1,0 +1,212 @@
+//! Listings and extended attributes of a [`Tree`].
+
+use super::merge::{self, What};
+use super::names::Age;
+use super::*;
+
+impl Tree {
+    /// Everything in directory `dir`.
+    pub fn list(&self, dir: Ino) -> Result<Listing> {
+        let here = |name: &str, ino| DirEntry { name: name.into(), ino, kind: FileKind::Dir };
+        let head = [here(".", dir), here("..", self.parent(dir)?)];
+        let rest = match dir.decode().ok_or_else(gone)? {
+            Object::Dir { version, index } => {
+                let view = self.version(version)?;
+                let merged = self.merged_dir(&view, index)?;
+                Rest::Lasting(self.content(&view, &*self.layers(&view)?, &merged)?, view.created())
+            }
+            Object::Root => {
+                let workflows = self.names.workflows(Age::Fresh)?;
+                Rest::Moving(self.name_entries(&workflows.value, |name| Ok(NameKey::Workflow(name.into())))?)
+            }
+            Object::Name { slot } => match self.name_slots.key(slot).ok_or_else(gone)? {
+                NameKey::Workflow(workflow) => {
+                    let nodes = self.names.nodes(&workflow, Age::Fresh)?;
+                    let key = |node: &str| EnvName::new(&workflow, node).map(NameKey::Node);
+                    Rest::Moving(self.name_entries(&nodes.value, key)?)
+                }
+                NameKey::Node(env) => Rest::Moving(self.node_entries(slot, &env)?),
+            },
+            Object::Versions { slot } => {
+                let Some(NameKey::Node(env)) = self.name_slots.key(slot) else { return Err(gone()) };
+                let mut entries = Vec::new();
+                for number in self.names.versions(&env, Age::Fresh)?.value.iter() {
+                    let version = self.version_slots.ensure(&(env.clone(), *number))?;
+                    let ino = Ino::encode(Object::Special { version, special: Special::Root })?;
+                    entries.push(here(&number.to_string(), ino));
+                }
+                Rest::Moving(Arc::new(entries))
+            }
+            Object::Special { version, special: Special::Root } => {
+                let view = self.version(version)?;
+                let mut entries = Vec::new();
+                for name in root_names(&view) {
+                    if let Some(ino) = self.root_entry(&view, name.as_bytes())? {
+                        let kind = if name == ".venv" || name == ".python" { FileKind::Dir } else { FileKind::File };
+                        entries.push(DirEntry { name: name.into_bytes(), ino, kind });
+                    }
+                }
+                Rest::Moving(Arc::new(entries))
+            }
+            Object::Row { .. } | Object::Special { .. } => return Err(not_a_directory()),
+        };
+        Ok(Listing { head, rest })
+    }
+
+    fn name_entries(&self, names: &[String], key: impl Fn(&str) -> Result<NameKey>) -> Result<Arc<Vec<DirEntry>>> {
+        let entry = |name: &String| -> Result<DirEntry> {
+            let slot = self.name_slots.ensure(&key(name)?)?;
+            let ino = Ino::encode(Object::Name { slot })?;
+            Ok(DirEntry { name: name.clone().into_bytes(), ino, kind: FileKind::Dir })
+        };
+        Ok(Arc::new(names.iter().map(entry).collect::<Result<_>>()?))
+    }
+
+    fn node_entries(&self, slot: u32, env: &EnvName) -> Result<Arc<Vec<DirEntry>>> {
+        let mut entries = vec![DirEntry {
+            name: b".versions".to_vec(),
+            ino: Ino::encode(Object::Versions { slot })?,
+            kind: FileKind::Dir,
+        }];
+        if let Some(current) = self.names.env(env, Age::Fresh)? {
+            let view = self.version_of(env, current.current)?;
+            for (name, special) in node_links(&view) {
+                let ino = merge::special(&view, special)?;
+                entries.push(DirEntry { name: name.into_bytes(), ino, kind: FileKind::Symlink });
+            }
+        }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Arc::new(entries))
+    }
+
+    /// Where `name` in a version's own directory leads.
+    pub(super) fn root_entry(&self, view: &VersionView, name: &[u8]) -> Result<Option<Ino>> {
+        let document = |special: Special| view.document(special).is_some_and(|d| d.name.as_bytes() == name);
+        let special = match name {
+            b".venv" | b".python" => {
+                let root = self.tree_root(view, &*self.layers(view)?, name == b".venv")?;
+                return Ok(Some(root.ino));
+            }
+            b"metadata.json" => Special::Metadata,
+            _ if document(Special::Lock) => Special::Lock,
+            _ if document(Special::Project) => Special::Project,
+            _ => return Ok(None),
+        };
+        merge::special(view, special).map(Some)
+    }
+
+    /// Attributes of entry `at` of `listing`.
+    pub fn entry_attr(&self, listing: &Listing, at: usize) -> Result<Attr> {
+        if let (Rest::Lasting(content, created), Some(at)) = (&listing.rest, at.checked_sub(2)) {
+            let entry = content.entries.get(at).ok_or_else(gone)?;
+            let plain = Attr {
+                ino: entry.ino,
+                kind: FileKind::File,
+                size: 0,
+                mode: 0o644,
+                nlink: 1,
+                mtime: (FILE_MTIME, 0),
+                lasting: true,
+            };
+            match entry.what {
+                What::File { size, executable } => {
+                    return Ok(Attr { size, mode: if executable { 0o755 } else { 0o644 }, ..plain });
+                }
+                What::Symlink { size } => return Ok(Attr { kind: FileKind::Symlink, size, mode: 0o777, ..plain }),
+                What::Dir { subdirs: Some(subdirs), .. } => return Ok(lasting_dir(entry.ino, subdirs, *created)),
+                What::Dir { .. } | What::Special(_) => return self.attr(entry.ino),
+            }
+        }
+        self.attr(listing.get(at).ok_or_else(gone)?.ino)
+    }
+
+    /// The extended attributes of `ino`: names and values.
+    ///
+    /// A file tells `user.envfabric.layer`, `.digest` (sha256 of its bytes) and `.package` (`name==version`); a directory
+    /// inside a version tells `user.envfabric.version` (`workflow/node@3`).
+    pub fn xattrs(&self, ino: Ino) -> Result<Vec<(&'static str, String)>> {
+        let label = |version: u32| -> Result<Vec<(&'static str, String)>> {
+            Ok(vec![("user.envfabric.version", self.version(version)?.label())])
+        };
+        match ino.decode().ok_or_else(gone)? {
+            Object::Row { layer, row } => {
+                let Node::File { digest, .. } = self.row(layer, row)?.node else { return Ok(vec![]) };
+                let layer = self.layer_slots.key(layer).ok_or_else(gone)?;
+                let doc = self.index.layer(&self.store, &layer).map_err(damaged)?;
+                let mut found =
+                    vec![("user.envfabric.layer", layer.to_string()), ("user.envfabric.digest", digest.to_string())];
+                if doc.meta.kind != LayerKind::Scaffold {
+                    let package = format!("{}=={}", doc.meta.name, doc.meta.version);
+                    found.push(("user.envfabric.package", package));
+                }
+                Ok(found)
+            }
+            Object::Dir { version, .. } | Object::Special { version, special: Special::Root } => label(version),
+            Object::Special { version, special: special @ (Special::Lock | Special::Project) } => {
+                let view = self.version(version)?;
+                let digest = view.document(special).ok_or_else(gone)?.blob.to_string();
+                Ok(vec![("user.envfabric.digest", digest)])
+            }
+            _ => Ok(vec![]),
+        }
+    }
+}
+
+fn root_names(view: &VersionView) -> Vec<String> {
+    let mut names = vec![".venv".to_string(), ".python".to_string(), "metadata.json".to_string()];
+    names.extend([Special::Lock, Special::Project].iter().filter_map(|s| view.document(*s)).map(|d| d.name.clone()));
+    names.sort();
+    names
+}
+
+impl Listing {
+    /// How many entries there are, `.` and `..` included.
+    pub fn len(&self) -> usize {
+        2 + match &self.rest {
+            Rest::Lasting(content, _) => content.entries.len(),
+            Rest::Moving(entries) => entries.len(),
+        }
+    }
+
+    /// Never true: there are always `.` and `..`.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Entry `at`: name, where it leads, what that is.
+    pub fn get(&self, at: usize) -> Option<EntryRef<'_>> {
+        let Some(behind) = at.checked_sub(2) else {
+            return self.head.get(at).map(EntryRef::of);
+        };
+        match &self.rest {
+            Rest::Moving(entries) => entries.get(behind).map(EntryRef::of),
+            Rest::Lasting(content, _) => content.entries.get(behind).map(|entry| EntryRef {
+                name: &entry.name,
+                ino: entry.ino,
+                kind: match entry.what {
+                    What::Dir { .. } => FileKind::Dir,
+                    What::Symlink { .. } => FileKind::Symlink,
+                    What::File { .. } | What::Special(Special::Config) => FileKind::File,
+                    What::Special(_) => FileKind::Symlink,
+                },
+            }),
+        }
+    }
+}
+
+/// One name in a [`Listing`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EntryRef<'l> {
+    /// One path component, `.` or `..`.
+    pub name: &'l [u8],
+    /// Where it leads.
+    pub ino: Ino,
+    /// What that is.
+    pub kind: FileKind,
+}
+
+impl<'l> EntryRef<'l> {
+    fn of(entry: &'l DirEntry) -> Self {
+        EntryRef { name: &entry.name, ino: entry.ino, kind: entry.kind }
+    }
+}

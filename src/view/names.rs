@@ -1,0 +1,398 @@
+//! The names outside versions: which workflows, nodes and versions there are, and which version is current.
+//!
+//! They come from the store and are kept in memory: an answer is fresh for [`FRESH`], then the store is asked again by
+//! whoever needs it next. When the store cannot be read, the last answer stays. Every change that a reading brings to
+//! light is queued for whoever tells the kernel ([`Names::take_changes`]), and lets the modification time of the
+//! directory that shows it grow.
+//!
+//! **Removed environments** are in no listing. But one of whose versions this mount has shown something may be in use,
+//! and its paths keep working with the version that was current last, until unmount: `remove` never breaks a running
+//! job.
+
+use std::collections::{HashMap, HashSet};
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::environment::{EnvName, Version};
+use crate::error::{Error, Kind, Result};
+use crate::store::Store;
+
+/// How long an answer of the store is repeated without asking again.
+pub const FRESH: Duration = Duration::from_millis(250);
+
+/// How long after the last question a name is watched for changes.
+pub const WATCHED: Duration = Duration::from_secs(5);
+
+/// A point in time, seconds and nanoseconds since 1970.
+pub type Time = (i64, u32);
+
+/// Something outside versions that changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NameChange {
+    /// The list of workflows.
+    Workflows,
+    /// The nodes of a workflow.
+    Nodes(String),
+    /// Which version of an environment is current.
+    Current(EnvName),
+    /// The versions of an environment.
+    Versions(EnvName),
+}
+
+/// An answer with the modification time of the directory that shows it.
+#[derive(Debug, Clone)]
+pub(super) struct Known<T> {
+    pub(super) value: Arc<T>,
+    pub(super) mtime: Time,
+}
+
+#[derive(Debug)]
+struct Cell<T> {
+    value: Arc<T>,
+    mtime: Time,
+    read: Instant,
+    asked: Instant,
+}
+
+/// Answers by key. A cell's own lock is held while the store is read, so that only those wait who ask for the same.
+#[derive(Debug)]
+struct Cells<K, T>(Mutex<HashMap<K, Arc<Mutex<Cell<T>>>>>);
+
+/// How old an answer may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Age {
+    /// [`FRESH`].
+    Fresh,
+    /// Any; [`Names::refresh`] sees to it that it does not grow old.
+    Any,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn time_now() -> Time {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    (now.as_secs() as i64, now.subsec_nanos())
+}
+
+/// The time now, or the smallest step behind `before` where the clock stands still or went back.
+fn later_than(before: Time) -> Time {
+    let next = if before.1 < 999_999_999 { (before.0, before.1 + 1) } else { (before.0 + 1, 0) };
+    time_now().max(next)
+}
+
+impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
+    fn new() -> Self {
+        Cells(Mutex::new(HashMap::new()))
+    }
+
+    fn keys_asked_since(&self, since: Instant) -> Vec<K> {
+        let map = lock(&self.0);
+        let asked = |cell: &Arc<Mutex<Cell<T>>>| cell.try_lock().is_ok_and(|c| c.asked >= since);
+        map.iter().filter(|(_, cell)| asked(cell)).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// The answer for `key`. `read` asks the store; its none means that there is no such thing, and is not kept.
+    /// `ask` is false when nobody but the refresher wants to know.
+    fn get(
+        &self,
+        key: &K,
+        age: Age,
+        ask: bool,
+        read: impl FnOnce(Option<&T>) -> Result<Option<T>>,
+        changed: impl FnOnce(),
+    ) -> Result<Option<Known<T>>> {
+        let cell = lock(&self.0).get(key).cloned();
+        let Some(cell) = cell else {
+            let Some(value) = read(None)? else { return Ok(None) };
+            let now = Instant::now();
+            let known = Known { value: Arc::new(value), mtime: time_now() };
+            let cell = Cell { value: known.value.clone(), mtime: known.mtime, read: now, asked: now };
+            lock(&self.0).entry(key.clone()).or_insert_with(|| Arc::new(Mutex::new(cell)));
+            return Ok(Some(known));
+        };
+        let mut cell = lock(&cell);
+        if ask {
+            cell.asked = Instant::now();
+        }
+        if age == Age::Fresh && cell.read.elapsed() >= FRESH {
+            match read(Some(&cell.value)) {
+                Ok(Some(value)) if value != *cell.value => {
+                    cell.value = Arc::new(value);
+                    cell.mtime = later_than(cell.mtime);
+                    changed();
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(error = error.chain(), "the store does not answer; the names known last are shown");
+                }
+            }
+            cell.read = Instant::now();
+        }
+        Ok(Some(Known { value: cell.value.clone(), mtime: cell.mtime }))
+    }
+}
+
+/// An environment as its directory shows it.
+#[derive(Debug, Clone)]
+pub(super) struct Env {
+    /// The version that the links lead to.
+    pub(super) current: u64,
+    /// False when it was removed and only stays reachable.
+    pub(super) listed: bool,
+    pub(super) mtime: Time,
+}
+
+/// What an environment's pointer said, and says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Pointed {
+    now: Option<u64>,
+    last: Option<u64>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Store(Store),
+    Draft(Box<Version>),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Names {
+    source: Source,
+    workflows: Cells<(), Vec<String>>,
+    nodes: Cells<String, Vec<String>>,
+    pointers: Cells<EnvName, Pointed>,
+    versions: Cells<EnvName, Vec<u64>>,
+    /// A live environment of each workflow, so that one look answers whether the workflow is there.
+    witness: Mutex<HashMap<String, EnvName>>,
+    /// Environments of which a version was shown.
+    used: Mutex<HashSet<EnvName>>,
+    changes: Mutex<Vec<NameChange>>,
+}
+
+impl Names {
+    pub(super) fn of_store(store: Store) -> Self {
+        Names::new(Source::Store(store))
+    }
+
+    /// Names of one version that is not published.
+    pub(super) fn of_draft(draft: Version) -> Self {
+        Names::new(Source::Draft(Box::new(draft)))
+    }
+
+    fn new(source: Source) -> Self {
+        Names {
+            source,
+            workflows: Cells::new(),
+            nodes: Cells::new(),
+            pointers: Cells::new(),
+            versions: Cells::new(),
+            witness: Mutex::default(),
+            used: Mutex::default(),
+            changes: Mutex::default(),
+        }
+    }
+
+    fn note(&self, change: NameChange) {
+        let mut changes = lock(&self.changes);
+        if !changes.contains(&change) {
+            changes.push(change);
+        }
+    }
+
+    /// What changed since the last call.
+    pub(super) fn take_changes(&self) -> Vec<NameChange> {
+        std::mem::take(&mut *lock(&self.changes))
+    }
+
+    /// Asks the store again for everything that somebody asked for within [`WATCHED`].
+    /// False when there was nothing.
+    pub(super) fn refresh(&self) -> bool {
+        let Some(since) = Instant::now().checked_sub(WATCHED) else { return true };
+        let workflows = self.workflows.keys_asked_since(since);
+        let nodes = self.nodes.keys_asked_since(since);
+        let pointers = self.pointers.keys_asked_since(since);
+        let versions = self.versions.keys_asked_since(since);
+        // What fails is logged and tried again next time.
+        workflows.iter().for_each(|()| drop(self.workflows_asked(Age::Fresh, false)));
+        nodes.iter().for_each(|workflow| drop(self.nodes_asked(workflow, Age::Fresh, false)));
+        pointers.iter().for_each(|name| drop(self.env_asked(name, Age::Fresh, false)));
+        versions.iter().for_each(|name| drop(self.versions_asked(name, Age::Fresh, false)));
+        !(workflows.is_empty() && nodes.is_empty() && pointers.is_empty() && versions.is_empty())
+    }
+
+    /// The workflows to list.
+    pub(super) fn workflows(&self, age: Age) -> Result<Known<Vec<String>>> {
+        self.workflows_asked(age, true)
+    }
+
+    fn workflows_asked(&self, age: Age, ask: bool) -> Result<Known<Vec<String>>> {
+        let read = |_: Option<&Vec<String>>| {
+            Ok(Some(match &self.source {
+                Source::Draft(draft) => vec![draft.environment.workflow().to_string()],
+                Source::Store(store) => {
+                    let mut names = store.workflows()?;
+                    names.retain(|name| self.has_listed_node(name, ask).unwrap_or(true));
+                    names
+                }
+            }))
+        };
+        let known = self.workflows.get(&(), age, ask, read, || self.note(NameChange::Workflows))?;
+        Ok(known.unwrap_or_else(|| Known { value: Arc::new(Vec::new()), mtime: (0, 0) }))
+    }
+
+    /// The nodes of `workflow` to list.
+    pub(super) fn nodes(&self, workflow: &str, age: Age) -> Result<Known<Vec<String>>> {
+        self.nodes_asked(workflow, age, true)
+    }
+
+    fn nodes_asked(&self, workflow: &str, age: Age, ask: bool) -> Result<Known<Vec<String>>> {
+        let read = |_: Option<&Vec<String>>| {
+            Ok(Some(match &self.source {
+                Source::Draft(draft) => vec![draft.environment.node().to_string()],
+                Source::Store(store) => {
+                    let mut names = store.nodes(workflow)?;
+                    // Not asked on behalf of each node: only the listing is watched.
+                    names.retain(|node| self.is_listed(workflow, node, false));
+                    names
+                }
+            }))
+        };
+        let changed = || self.note(NameChange::Nodes(workflow.into()));
+        let known = self.nodes.get(&workflow.to_string(), age, ask, read, changed)?;
+        Ok(known.unwrap_or_else(|| Known { value: Arc::new(Vec::new()), mtime: (0, 0) }))
+    }
+
+    fn is_listed(&self, workflow: &str, node: &str, ask: bool) -> bool {
+        let Ok(name) = EnvName::new(workflow, node) else { return false };
+        match self.env_asked(&name, Age::Fresh, ask) {
+            Ok(env) => env.is_some_and(|env| env.listed),
+            Err(error) => {
+                tracing::warn!(environment = %name, error = error.chain(), "an environment cannot be listed");
+                false
+            }
+        }
+    }
+
+    fn has_listed_node(&self, workflow: &str, ask: bool) -> Result<bool> {
+        let Source::Store(store) = &self.source else { return Ok(true) };
+        let witness = lock(&self.witness).get(workflow).cloned();
+        if witness.is_some_and(|name| self.is_listed(workflow, name.node(), ask)) {
+            return Ok(true);
+        }
+        for node in store.nodes(workflow)? {
+            if self.is_listed(workflow, &node, ask) {
+                let name = EnvName::new(workflow, &node)?;
+                lock(&self.witness).insert(workflow.into(), name);
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// True when directory `workflow` is to be found.
+    pub(super) fn has_workflow(&self, workflow: &str) -> Result<bool> {
+        match &self.source {
+            Source::Draft(draft) => Ok(draft.environment.workflow() == workflow),
+            Source::Store(_) => Ok(self.has_listed_node(workflow, true)?
+                || lock(&self.used).iter().any(|name| name.workflow() == workflow)),
+        }
+    }
+
+    /// The environment `name`, where it is to be found.
+    pub(super) fn env(&self, name: &EnvName, age: Age) -> Result<Option<Env>> {
+        self.env_asked(name, age, true)
+    }
+
+    fn env_asked(&self, name: &EnvName, age: Age, ask: bool) -> Result<Option<Env>> {
+        let read = |before: Option<&Pointed>| match &self.source {
+            Source::Draft(draft) => {
+                let number = Some(draft.number).filter(|_| draft.environment == *name);
+                Ok(number.map(|n| Pointed { now: Some(n), last: Some(n) }))
+            }
+            Source::Store(store) => {
+                let last = before.and_then(|b| b.last);
+                let now = store.pointer(name)?.map(|pointer| pointer.version);
+                Ok(now.map(|now| Pointed { now, last: now.or(last) }))
+            }
+        };
+        let changed = || self.note(NameChange::Current(name.clone()));
+        let Some(known) = self.pointers.get(name, age, ask, read, changed)? else { return Ok(None) };
+        let listed = known.value.now.is_some();
+        let current = known.value.last.filter(|_| listed || lock(&self.used).contains(name));
+        Ok(current.map(|current| Env { current, listed, mtime: known.mtime }))
+    }
+
+    /// The numbers of the versions of `name`, ascending.
+    pub(super) fn versions(&self, name: &EnvName, age: Age) -> Result<Known<Vec<u64>>> {
+        self.versions_asked(name, age, true)
+    }
+
+    fn versions_asked(&self, name: &EnvName, age: Age, ask: bool) -> Result<Known<Vec<u64>>> {
+        let read = |_: Option<&Vec<u64>>| {
+            Ok(Some(match &self.source {
+                Source::Draft(draft) => vec![draft.number],
+                Source::Store(store) => store.version_numbers(name)?,
+            }))
+        };
+        let changed = || self.note(NameChange::Versions(name.clone()));
+        let known = self.versions.get(name, age, ask, read, changed)?;
+        Ok(known.unwrap_or_else(|| Known { value: Arc::new(Vec::new()), mtime: (0, 0) }))
+    }
+
+    /// The document of a version, read from the store now.
+    pub(super) fn version(&self, name: &EnvName, number: u64) -> Result<Version> {
+        match &self.source {
+            Source::Draft(draft) if draft.environment == *name && draft.number == number => Ok((**draft).clone()),
+            Source::Draft(_) => Err(Error::new(Kind::NotFound, format!("{name} has no version {number} here"))),
+            Source::Store(store) => store.version(name, number),
+        }
+    }
+
+    /// Says that a version of `name` was shown: from now on its paths stay, even if it is removed.
+    pub(super) fn mark_used(&self, name: &EnvName) {
+        let mut used = lock(&self.used);
+        if !used.contains(name) {
+            used.insert(name.clone());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modification_times_grow_strictly_even_when_the_clock_does_not() {
+        let far = (i64::MAX - 10, 999_999_999);
+        assert_eq!(later_than(far), (i64::MAX - 9, 0));
+        assert_eq!(later_than((i64::MAX - 10, 5)), (i64::MAX - 10, 6));
+        assert!(later_than((5, 5)) > (1_000_000_000, 0));
+    }
+
+    #[test]
+    fn an_answer_stays_when_the_store_does_not_answer() {
+        let cells: Cells<u8, u32> = Cells::new();
+        let get = |answer: Result<Option<u32>>| {
+            let mut changed = false;
+            let stale = Instant::now().checked_sub(FRESH * 2).unwrap();
+            if let Some(cell) = lock(&cells.0).get(&1) {
+                lock(cell).read = stale;
+            }
+            let known = cells.get(&1, Age::Fresh, true, |_| answer, || changed = true);
+            (known.ok().flatten().map(|k| (*k.value, k.mtime)), changed)
+        };
+        let failed = || Err(Error::new(Kind::Os(libc::EIO), "no"));
+        assert_eq!(get(failed()), (None, false));
+        assert_eq!(get(Ok(None)), (None, false));
+        let (first, _) = get(Ok(Some(1)));
+        assert_eq!(get(failed()), (first, false));
+        assert_eq!(get(Ok(Some(1))), (first, false));
+        let (second, changed) = get(Ok(Some(2)));
+        assert!(changed && second.unwrap().1 > first.unwrap().1);
+        assert_eq!(cells.get(&1, Age::Fresh, true, |_| panic!("it is fresh"), || ()).unwrap().unwrap().value, 2.into());
+    }
+}
