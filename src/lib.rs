@@ -21,6 +21,7 @@ pub mod build;
 pub mod cli;
 pub mod environment;
 pub mod error;
+pub mod mount;
 pub mod store;
 pub mod sys;
 pub mod view;

@@ -1,0 +1,249 @@
+//! Serves a [`Tree`] as a FUSE file system.
+//!
+//! ```text
+//! mount()  preflight -> /dev/fuse + mount(2) | fusermount3 -> session threads -> Tree
+//!                                              refresher thread -> store, kernel notifications
+//! wait()   SIGTERM, SIGINT -> unmount; busy: detach and serve on until the last user is gone; again: end at once
+//! ```
+//!
+//! The mount is made here and not by `fuser`, whose unmounting is always lazy and whose mounting needs `/dev/fuse` to be
+//! open to everybody; and because one day another process will hold it.
+
+mod adapter;
+mod attach;
+mod fd;
+mod passthrough;
+mod refresh;
+mod table;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use fuser::{Config, Session, SessionACL};
+use signal_hook::iterator::Signals;
+
+pub use attach::umount;
+pub use table::{MountInfo, mounts};
+
+use crate::environment::Version;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::store::{Index, Store};
+use crate::view::{Mountpoint, Tree};
+use adapter::Adapter;
+use passthrough::Passthrough;
+use refresh::Refresher;
+
+/// How to mount.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where; made if missing, must be empty.
+    pub mount_point: PathBuf,
+    /// Threads that serve requests, at least 1.
+    pub threads: usize,
+    /// Let other users in. For an ordinary user `/etc/fuse.conf` must allow it.
+    pub allow_other: bool,
+    /// Let the kernel read large files straight from the store, where it can.
+    pub passthrough: bool,
+}
+
+impl Options {
+    /// What is usual at `mount_point`: 4 threads, other users let in when root mounts, passthrough where possible.
+    pub fn at(mount_point: impl Into<PathBuf>) -> Self {
+        Options { mount_point: mount_point.into(), threads: 4, allow_other: attach::is_root(), passthrough: true }
+    }
+}
+
+/// How a mount ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It was unmounted and nobody uses it any more.
+    Unmounted,
+    /// A second signal came while it was still in use: the process should exit now.
+    Abandoned,
+}
+
+/// A mount that is being served by threads of this process.
+///
+/// Dropped, it is taken away lazily, and its threads end when nobody uses it any more.
+#[derive(Debug)]
+pub struct Mounted {
+    at: Mountpoint,
+    session: Arc<Served>,
+    refresher: Arc<Refresher>,
+}
+
+/// Whether the session still runs, and what ended it.
+#[derive(Debug, Default)]
+struct Served {
+    end: Mutex<Option<std::result::Result<(), String>>>,
+    ended: Condvar,
+}
+
+/// Mounts `store` and serves it.
+///
+/// # Errors
+/// See the messages: FUSE is missing, the mount point is in use, stale, not empty, or not permitted.
+pub fn mount(store: Store, index: Arc<Index>, options: &Options) -> Result<Mounted> {
+    serve(Tree::new(store, index), options)
+}
+
+fn serve(tree: Tree, options: &Options) -> Result<Mounted> {
+    let dir = attach::preflight(&options.mount_point)?;
+    attach::raise_open_files();
+    let tree = Arc::new(tree);
+    let refresher = Arc::new(Refresher::default());
+    let adapter = Adapter {
+        tree: tree.clone(),
+        refresher: refresher.clone(),
+        owner: (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()),
+        try_passthrough: options.passthrough && attach::is_root() && passthrough::is_local(tree.store()),
+        passthrough: Passthrough::default(),
+    };
+    let mut config = Config::default();
+    config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
+    config.n_threads = Some(options.threads.max(1));
+    config.clone_fd = true;
+
+    let device = attach::attach(&dir, tree.store().root(), options.allow_other)?;
+    let started = (|| {
+        // The kernel's own table, and not stat(): nobody answers yet.
+        let line = table::on_top(&dir)?.and_then(|line| table::ours(&line));
+        let line = line.ok_or_else(|| Error::new(Kind::Failed, format!("the mount at {} is gone", dir.display())))?;
+        let at = Mountpoint { path: dir.clone(), dev: line.dev };
+        tree.set_mountpoint(at.clone());
+        let acl = config.acl;
+        let session = Session::from_fd(adapter, device, acl, config).at("serving", &dir)?;
+        let notifier = session.notifier();
+        let served = Arc::new(Served::default());
+        let mounted = Mounted { at, session: served.clone(), refresher: refresher.clone() };
+        let run = move || served.finish(session.run().map_err(|error| error.to_string()));
+        std::thread::Builder::new().name("session".into()).spawn(run).at("serving", &dir)?;
+        refresh::spawn(refresher, tree, notifier).at("serving", &dir)?;
+        Ok(mounted)
+    })();
+    if started.is_err() {
+        let _ = attach::detach(&dir, true);
+    }
+    started
+}
+
+impl Served {
+    fn finish(&self, result: std::result::Result<(), String>) {
+        *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+        self.ended.notify_all();
+    }
+
+    fn has_ended(&self) -> bool {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    fn join(&self) -> std::result::Result<(), String> {
+        let end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        let end = self.ended.wait_while(end, |end| end.is_none()).unwrap_or_else(PoisonError::into_inner);
+        end.clone().unwrap_or(Ok(()))
+    }
+}
+
+impl Mounted {
+    /// Where it is mounted, as the kernel lists it.
+    pub fn mount_point(&self) -> &Path {
+        &self.at.path
+    }
+
+    /// Serves until it is unmounted: by `umount`, or because one of `signals` came (register SIGTERM and SIGINT).
+    ///
+    /// After a signal it is unmounted; if it is in use, its name is taken away and it goes on serving those who use it
+    /// until the last is gone. A second signal ends the wait at once.
+    pub fn wait(self, mut signals: Signals) -> Result<Ended> {
+        let handle = signals.handle();
+        let session = self.session.clone();
+        // Ends the iteration below when the session does.
+        let watch = move || {
+            let _ = session.join();
+            handle.close();
+        };
+        std::thread::Builder::new().name("session-end".into()).spawn(watch).at("serving", &self.at.path)?;
+        let mut leaving = false;
+        for signal in signals.forever() {
+            if self.session.has_ended() {
+                break;
+            }
+            if leaving {
+                tracing::warn!(signal, "ending while the mount is in use");
+                return Ok(Ended::Abandoned);
+            }
+            leaving = true;
+            tracing::info!(signal, mount_point = %self.at.path.display(), "unmounting");
+            match self.detach(false) {
+                Ok(()) => {}
+                Err(nix::Error::EBUSY) => {
+                    tracing::warn!(
+                        mount_point = %self.at.path.display(),
+                        "the mount is in use: its name is gone, and it is served until nobody uses it; signal again to end now"
+                    );
+                    self.detach(true).at("unmounting", &self.at.path)?;
+                }
+                Err(errno) => return Err(Error::io("unmounting", &self.at.path, errno.into())),
+            }
+        }
+        self.finished()
+    }
+
+    /// Unmounts and waits for the end.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] when it is in use: then the mount is dropped, that is, taken away lazily.
+    pub fn unmount(self) -> Result<()> {
+        match self.detach(false) {
+            Ok(()) => self.finished().map(|_| ()),
+            Err(nix::Error::EBUSY) => Err(attach::busy_at(&self.at)),
+            Err(errno) => Err(Error::io("unmounting", &self.at.path, errno.into())),
+        }
+    }
+
+    fn finished(&self) -> Result<Ended> {
+        match self.session.join() {
+            Ok(()) => Ok(Ended::Unmounted),
+            Err(error) => {
+                let what = format!("serving {} ended: {error}", self.at.path.display());
+                Err(Error::new(Kind::Failed, what))
+            }
+        }
+    }
+
+    /// Takes our mount away, and no other that was put in its place since.
+    fn detach(&self, lazy: bool) -> nix::Result<()> {
+        match table::on_top(&self.at.path) {
+            Ok(Some(line)) if line.dev == self.at.dev => attach::detach(&self.at.path, lazy),
+            Ok(_) => Ok(()),
+            Err(_) => attach::detach(&self.at.path, lazy),
+        }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        self.refresher.end();
+        if !self.session.has_ended()
+            && let Err(errno) = self.detach(true)
+        {
+            tracing::warn!(mount_point = %self.at.path.display(), %errno, "the mount could not be taken away");
+        }
+    }
+}
+
+/// Mounts nothing but `draft` in a temporary directory, gives `f` the path of the version's directory
+/// (`<dir>/<workflow>/<node>/.versions/<n>`), and unmounts, whatever `f` does.
+pub fn trial<T>(store: &Store, index: Arc<Index>, draft: &Version, f: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let dir = tempfile::Builder::new().prefix("envfabric-trial-").tempdir().at("creating", std::env::temp_dir())?;
+    let name = &draft.environment;
+    let tree = Tree::of_draft(store.clone(), index, draft.clone());
+    let mounted = serve(tree, &Options::at(dir.path()))?;
+    let path = mounted.mount_point().join(name.workflow()).join(name.node()).join(".versions");
+    let result = f(&path.join(draft.number.to_string()));
+    // Something that `f` started may still be there: then it is taken away lazily, by the drop.
+    if let Err(error) = mounted.unmount() {
+        tracing::debug!(error = error.chain(), "a trial mount was still in use");
+    }
+    result
+}
