@@ -5,13 +5,20 @@
 
 mod completions;
 mod config;
+mod create;
 mod diff;
+mod doctor;
 mod fsck;
 mod init;
+mod interrupt;
 mod list;
+mod mount;
 mod output;
+mod progress;
+mod python;
 mod remove;
 mod rollback;
+mod run;
 mod settings;
 mod show;
 mod spec;
@@ -67,13 +74,21 @@ struct Global {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Init(init::Init),
+    Create(create::Create),
+    Mount(mount::Mount),
+    Umount(mount::Umount),
+    Run(run::Run),
+    Shell(run::Shell),
     List(list::List),
     Show(show::Show),
     Versions(versions::Versions),
     Diff(diff::Diff),
     Rollback(rollback::Rollback),
     Remove(remove::Remove),
+    #[command(subcommand)]
+    Python(python::Python),
     Fsck(fsck::Fsck),
+    Doctor(doctor::Doctor),
     Completions(completions::Completions),
     Man(completions::Man),
 }
@@ -135,13 +150,20 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
     let context = Context { settings, out };
     match cli.verb {
         Verb::Init(verb) => verb.run(&context),
+        Verb::Create(verb) => verb.run(&context),
+        Verb::Mount(verb) => verb.run(&context),
+        Verb::Umount(verb) => verb.run(&context),
+        Verb::Run(verb) => verb.run(&context),
+        Verb::Shell(verb) => verb.run(&context),
         Verb::List(verb) => verb.run(&context),
         Verb::Show(verb) => verb.run(&context),
         Verb::Versions(verb) => verb.run(&context),
         Verb::Diff(verb) => verb.run(&context),
         Verb::Rollback(verb) => verb.run(&context),
         Verb::Remove(verb) => verb.run(&context),
+        Verb::Python(verb) => verb.run(&context),
         Verb::Fsck(verb) => verb.run(&context),
+        Verb::Doctor(verb) => verb.run(&context),
         Verb::Completions(_) | Verb::Man(_) => Ok(ExitCode::SUCCESS),
     }
 }

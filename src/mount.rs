@@ -22,7 +22,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use fuser::{Config, Session, SessionACL};
 use signal_hook::iterator::Signals;
 
-pub use attach::umount;
+pub use attach::{preflight, umount};
+pub use passthrough::is_local;
 pub use table::{MountInfo, mounts};
 
 use crate::environment::Version;

@@ -22,7 +22,7 @@ pub(super) fn is_root() -> bool {
 
 /// Checks that a mount at `dir` can be made and is wanted; makes the directory where it is missing.
 /// Returns it as the kernel will list it.
-pub(super) fn preflight(dir: &Path) -> Result<PathBuf> {
+pub fn preflight(dir: &Path) -> Result<PathBuf> {
     if !Path::new(DEVICE).exists() {
         return Err(Error::new(Kind::Unsupported, format!("{DEVICE} is missing: this machine cannot mount FUSE"))
             .hint("run `modprobe fuse` as root; in a container give it --device /dev/fuse --cap-add SYS_ADMIN"));

@@ -49,7 +49,7 @@ pub(super) enum Mode {
 }
 
 /// True when the files of `store` lie on a file system that passthrough is tried with.
-pub(super) fn is_local(store: &Store) -> bool {
+pub fn is_local(store: &Store) -> bool {
     let FsType(kind) = match statfs::statfs(store.root()) {
         Ok(stat) => stat.filesystem_type(),
         Err(_) => return false,

@@ -1,0 +1,206 @@
+//! `envfabric create`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::Context;
+use super::interrupt;
+use super::output::bytes;
+use super::progress::Shown;
+use super::spec::name;
+use crate::build::{self, Input, Outcome, Request, Uv};
+use crate::environment::{EnvName, Version};
+use crate::error::{IoContext, Result};
+use crate::mount;
+use crate::store::LayerDoc;
+
+/// Build an environment and publish it as a new version; print the interpreter path
+#[derive(Debug, clap::Args)]
+pub(crate) struct Create {
+    /// WORKFLOW/NODE
+    #[arg(value_name = "WF/NODE", value_parser = name)]
+    environment: EnvName,
+    /// Requirements as pip takes them: names, versions, URLs, local wheels and directories
+    #[arg(value_name = "REQ", conflicts_with_all = ["project", "lock"])]
+    requirements: Vec<String>,
+    /// Requirements file (repeatable)
+    #[arg(long = "requirements", short, value_name = "FILE", conflicts_with_all = ["project", "lock"])]
+    files: Vec<PathBuf>,
+    /// Constraints file (repeatable)
+    #[arg(long = "constraints", short, value_name = "FILE", conflicts_with_all = ["project", "lock"])]
+    constraints: Vec<PathBuf>,
+    /// Project directory with pyproject.toml and uv.lock
+    #[arg(long, value_name = "DIR", conflicts_with = "lock")]
+    project: Option<PathBuf>,
+    /// Lock: a pylock.toml (PEP 751) or a uv.lock
+    #[arg(long, value_name = "FILE")]
+    lock: Option<PathBuf>,
+    /// Extra of the project or lock (repeatable)
+    #[arg(long, value_name = "NAME")]
+    extra: Vec<String>,
+    /// Dependency group of the project or lock (repeatable)
+    #[arg(long, value_name = "NAME")]
+    group: Vec<String>,
+    /// Python: a version (3.11, 3.11.7, '>=3.9,<3.12') or the path of an interpreter
+    /// [default: what the project or lock asks for, else the newest known]
+    #[arg(long, short, value_name = "X")]
+    python: Option<String>,
+    /// Leave bytecode out
+    #[arg(long)]
+    no_bytecode: bool,
+    /// Publish without checking that the result fits together and starts
+    #[arg(long)]
+    no_validate: bool,
+    /// Package index in place of PyPI
+    #[arg(long, value_name = "URL")]
+    index_url: Option<String>,
+    /// Further package index (repeatable)
+    #[arg(long, value_name = "URL")]
+    extra_index_url: Vec<String>,
+    /// Directory or page with wheels (repeatable)
+    #[arg(long, value_name = "DIR|URL")]
+    find_links: Vec<String>,
+    /// Install wheels only, build nothing from source
+    #[arg(long)]
+    no_build: bool,
+    /// Use only what uv has in its cache
+    #[arg(long)]
+    offline: bool,
+    /// Platform to resolve for, as uv names it (x86_64-manylinux_2_28): the oldest machine of the fleet
+    #[arg(long, value_name = "PLATFORM")]
+    python_platform: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Done<'a> {
+    environment: &'a EnvName,
+    version: u64,
+    /// `published`, `unchanged` or `superseded`.
+    outcome: &'a str,
+    path: String,
+    pinned_path: String,
+    python: &'a str,
+    packages: usize,
+    installed: usize,
+    bytes: u64,
+    seconds: f64,
+    conflicts: &'a [crate::environment::Conflict],
+}
+
+impl Create {
+    pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
+        let begun = Instant::now();
+        let store = context.store_or_default()?;
+        let index = Arc::new(context.index(&store)?);
+        let uv = Uv::new(context.settings.config.uv.clone());
+        let shown = Arc::new(Shown::new(&context.out));
+        interrupt::exit_on_signal({
+            let shown = shown.clone();
+            move || shown.clear()
+        })?;
+        let trial = |draft: &Version, layers: &[Arc<LayerDoc>]| {
+            mount::trial(&store, index.clone(), draft, |dir| {
+                let output = build::trial_command(dir, draft).output().at("starting the interpreter in", dir)?;
+                build::judge_trial(dir, layers, &output)
+            })
+        };
+        let created = build::create(
+            &build::Context {
+                store: &store,
+                index: &index,
+                uv: &uv,
+                state: context.settings.state.clone(),
+                scratch: context.settings.scratch.clone(),
+                progress: &*shown,
+                trial: Some(&trial),
+            },
+            &self.request(context),
+        );
+        shown.clear();
+        let created = created?;
+
+        let version = &created.version;
+        let base = context.settings.mount.join(self.environment.workflow()).join(self.environment.node());
+        let pinned = base.join(format!(".versions/{}", version.number));
+        let done = Done {
+            environment: &self.environment,
+            version: version.number,
+            outcome: match created.outcome {
+                Outcome::Published => "published",
+                Outcome::Unchanged => "unchanged",
+                Outcome::Superseded(_) => "superseded",
+            },
+            path: base.join(".venv/bin/python").display().to_string(),
+            pinned_path: pinned.join(".venv/bin/python").display().to_string(),
+            python: &version.interpreter.version,
+            packages: created.layers.len(),
+            installed: created.installed,
+            bytes: created.layers.iter().map(|l| l.bytes).sum(),
+            seconds: begun.elapsed().as_secs_f64(),
+            conflicts: &version.conflicts,
+        };
+        for sentence in build::describe_conflicts(&version.conflicts) {
+            context.out.say(format_args!("note: {sentence}"));
+        }
+        let name = &self.environment;
+        context.out.say(match created.outcome {
+            Outcome::Published => format!(
+                "{name} version {}: {} packages on Python {}, {}, {} new, {:.1} s",
+                version.number,
+                done.packages,
+                done.python,
+                bytes(done.bytes),
+                done.installed,
+                done.seconds
+            ),
+            Outcome::Unchanged => {
+                format!("{name} has this already, as version {}; nothing was published", version.number)
+            }
+            Outcome::Superseded(newest) => format!(
+                "{name} version {} is published, but version {newest} of another builder is current",
+                version.number
+            ),
+        });
+        if !mount::mounts()?.iter().any(|m| m.mount_point == context.settings.mount) && !context.out.json {
+            context.out.say(format_args!("not mounted yet: envfabric mount, or envfabric run {name} -- python"));
+        }
+        context.out.result(&done, |w| writeln!(w, "{}", done.path))?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn request(&self, context: &Context) -> Request {
+        let config = &context.settings.config;
+        let input = if let Some(project) = &self.project {
+            Input::Project(project.clone())
+        } else if let Some(lock) = &self.lock {
+            Input::Lock(lock.clone())
+        } else {
+            Input::Requirements {
+                requirements: self.requirements.clone(),
+                files: self.files.clone(),
+                constraints: self.constraints.clone(),
+            }
+        };
+        let mut request = Request::new(self.environment.clone(), input);
+        request.python = self.python.clone();
+        request.bytecode = !self.no_bytecode;
+        request.validate = !self.no_validate;
+        request.extras = self.extra.clone();
+        request.groups = self.group.clone();
+        request.index.index_url = self.index_url.clone().or_else(|| config.index_url.clone());
+        request.index.extra_index_urls = if self.extra_index_url.is_empty() {
+            config.extra_index_urls.clone()
+        } else {
+            self.extra_index_url.clone()
+        };
+        request.index.find_links = self.find_links.clone();
+        request.index.no_build = self.no_build;
+        request.index.offline = self.offline;
+        request.platform = self.python_platform.clone().or_else(|| config.python_platform.clone());
+        request
+    }
+}

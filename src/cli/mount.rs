@@ -1,0 +1,170 @@
+//! `envfabric mount` and `envfabric umount`
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::Context;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::mount::{self, Ended, Options};
+
+/// Show the store's environments as directories
+///
+/// Goes to the background once the mount answers; its log is in $XDG_STATE_HOME/envfabric.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Mount {
+    /// Mount point, made if missing [default: $XDG_DATA_HOME/envfabric/envs] [env: ENVFABRIC_MOUNT]
+    dir: Option<PathBuf>,
+    /// Stay in the foreground
+    #[arg(long, short)]
+    foreground: bool,
+    /// Let only the mounting user in, although root
+    #[arg(long, conflicts_with = "allow_other")]
+    no_allow_other: bool,
+    /// Let other users in (root does by default; others need user_allow_other in /etc/fuse.conf)
+    #[arg(long)]
+    allow_other: bool,
+    /// Serve large files through the daemon even where the kernel could read them directly
+    #[arg(long)]
+    no_passthrough: bool,
+    /// Threads that answer the kernel
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    threads: Option<u16>,
+    /// Tell the starting process on standard output how it went
+    #[arg(long, hide = true)]
+    notify: bool,
+}
+
+impl Mount {
+    pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
+        let dir = self.dir.clone().unwrap_or_else(|| context.settings.mount.clone());
+        let dir = std::path::absolute(&dir).at("finding", &dir)?;
+        if self.notify {
+            return Ok(self.serve_notifying(context, &dir));
+        }
+        if self.foreground {
+            return self.serve(context, &dir, || context.out.say(format_args!("mounted at {}", dir.display())));
+        }
+        let mut flags = Vec::new();
+        for (flag, set) in [
+            ("--no-allow-other", self.no_allow_other),
+            ("--allow-other", self.allow_other),
+            ("--no-passthrough", self.no_passthrough),
+        ] {
+            if set {
+                flags.push(flag.to_string());
+            }
+        }
+        flags.extend(self.threads.map(|n| format!("--threads={n}")));
+        let log = start_daemon(context, &dir, &flags)?;
+        let value = serde_json::json!({ "mount": dir, "store": context.settings.store, "log": log });
+        context.out.result(&value, |w| writeln!(w, "mounted at {}", dir.display()))?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn serve(&self, context: &Context, dir: &Path, ready: impl FnOnce()) -> Result<ExitCode> {
+        let store = context.store_or_default()?;
+        let index = Arc::new(context.index(&store)?);
+        let signals = Signals::new([SIGINT, SIGTERM]).at("waiting for", "signals")?;
+        let mut options = Options::at(dir);
+        if self.allow_other || self.no_allow_other {
+            options.allow_other = self.allow_other;
+        }
+        options.passthrough = !self.no_passthrough;
+        if let Some(threads) = self.threads {
+            options.threads = usize::from(threads);
+        }
+        let mounted = mount::mount(store, index, &options)?;
+        ready();
+        match mounted.wait(signals)? {
+            Ended::Unmounted => Ok(ExitCode::SUCCESS),
+            // Threads may still be serving somebody; the user has said twice that they should not.
+            Ended::Abandoned => std::process::exit(i32::from(Kind::Interrupted.exit_code())),
+        }
+    }
+
+    /// As the background process: one line of JSON tells the parent how it went.
+    fn serve_notifying(&self, context: &Context, dir: &Path) -> ExitCode {
+        // Out of the terminal's session, so that closing it does not end the mount; and out of every directory.
+        let _ = nix::unistd::setsid();
+        let _ = std::env::set_current_dir("/");
+        let tell = |value: serde_json::Value| {
+            let _ = writeln!(std::io::stdout(), "{value}");
+        };
+        match self.serve(context, dir, || tell(serde_json::json!({ "ready": true }))) {
+            Ok(code) => code,
+            Err(error) => {
+                tracing::error!(error = %error.chain(), "the mount ended");
+                tell(serde_json::json!({
+                    "error": error.chain(), "hint": error.hint_text(), "kind": error.kind().word(),
+                }));
+                ExitCode::from(error.kind().exit_code())
+            }
+        }
+    }
+}
+
+/// Starts `envfabric mount DIR` in the background and waits until it answers. Returns the path of its log.
+pub(crate) fn start_daemon(context: &Context, dir: &Path, flags: &[String]) -> Result<PathBuf> {
+    let settings = &context.settings;
+    // What can be told without a process is told here, with nothing started.
+    context.store_or_default()?;
+    mount::preflight(dir)?;
+    std::fs::create_dir_all(&settings.state).at("creating", &settings.state)?;
+    let log_path = settings.state.join("mount.log");
+    let log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path).at("opening", &log_path)?;
+    let program = std::env::current_exe().at("finding", "this program")?;
+    let mut child = Command::new(program)
+        .arg("--store")
+        .arg(&settings.store)
+        .arg("mount")
+        .arg("--notify")
+        .args(flags)
+        .arg(dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()
+        .at("starting", "the mount process")?;
+    let mut line = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        BufReader::new(stdout).read_line(&mut line).at("hearing from", "the mount process")?;
+    }
+    let told: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+    if told["ready"] == true {
+        return Ok(log_path);
+    }
+    let _ = child.wait();
+    let message = told["error"].as_str().unwrap_or("the mount process ended without a word").to_string();
+    let mut error = Error::new(Kind::Failed, message);
+    error = match told["hint"].as_str() {
+        Some(hint) => error.hint(hint),
+        None => error.hint(format!("its log is {}", log_path.display())),
+    };
+    Err(error)
+}
+
+/// Take a mount away
+#[derive(Debug, clap::Args)]
+#[command(visible_alias = "unmount")]
+pub(crate) struct Umount {
+    /// Mount point [default: as `mount`]
+    dir: Option<PathBuf>,
+    /// Take the name away now; whoever still uses the mount goes on until done
+    #[arg(long, short)]
+    lazy: bool,
+}
+
+impl Umount {
+    pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
+        let dir = self.dir.clone().unwrap_or_else(|| context.settings.mount.clone());
+        let dir = std::path::absolute(&dir).at("finding", &dir)?;
+        mount::umount(&dir, self.lazy)?;
+        context.out.result(&serde_json::json!({ "unmounted": dir }), |w| writeln!(w, "unmounted {}", dir.display()))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}

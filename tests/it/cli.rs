@@ -1,0 +1,165 @@
+//! The command line as a user meets it.
+
+use std::process::{Command, Stdio};
+
+use crate::world::{World, check, python311, text};
+
+const VERBS: &[&str] = &[
+    "init",
+    "create",
+    "mount",
+    "umount",
+    "run",
+    "shell",
+    "list",
+    "show",
+    "versions",
+    "diff",
+    "rollback",
+    "remove",
+    "python",
+    "fsck",
+    "doctor",
+    "completions",
+    "man",
+];
+
+#[test]
+fn every_verb_has_help_completions_and_a_man_page() {
+    let world = World::new();
+    let help = world.ok(["--help"]);
+    for verb in VERBS {
+        assert!(help.contains(&format!("  {verb}")), "{verb} is not in --help");
+        let own = world.ok([verb, "--help"]);
+        assert!(own.contains("Usage: envfabric") && own.len() > 200, "{verb}: {own}");
+        assert!(own.lines().all(|l| l.chars().count() <= 100), "{verb}: a line is too wide");
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        let script = world.ok(["completions", shell]);
+        assert!(VERBS.iter().all(|v| script.contains(v)), "{shell}");
+    }
+    check(Command::new("bash").args(["-n", "-c", &world.ok(["completions", "bash"])]));
+    let man = world.dir().join("man");
+    world.ok(["man", man.to_str().unwrap()]);
+    for verb in VERBS {
+        let page = std::fs::read_to_string(man.join(format!("envfabric-{verb}.1"))).unwrap();
+        assert!(page.contains(".TH"), "{verb}");
+    }
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2_and_says_what_to_write() {
+    let world = World::new();
+    for (args, needle) in [
+        (vec!["creat"], "create"),
+        (vec!["create"], "WF/NODE"),
+        (vec!["create", "noslash", "six"], "WORKFLOW/NODE"),
+        (vec!["create", "../x/y", "six"], "name"),
+        (vec!["create", "a/b", "six", "--lock", "x", "--project", "y"], "cannot be used with"),
+        (vec!["show", "a/b@zero"], "version number"),
+        (vec!["rollback", "a/b", "-1"], "-1"),
+        (vec!["run", "a/b"], "COMMAND"),
+        (vec!["--config", "/nonexistent.toml", "list"], "/nonexistent.toml"),
+        (vec!["completions", "tcsh"], "bash"),
+    ] {
+        let output = world.output(&args);
+        let stderr = text(&output.stderr);
+        let expected = if args[0] == "--config" { 1 } else { 2 };
+        assert_eq!(output.status.code(), Some(expected), "{args:?}: {stderr}");
+        assert!(stderr.contains(needle), "{args:?}: {stderr}");
+    }
+    let config = world.dir().join("config.toml");
+    std::fs::write(&config, "stroe = '/x'\n").unwrap();
+    let stderr = world.fails(2, ["--config", config.to_str().unwrap(), "list"]);
+    assert!(stderr.contains("stroe") && stderr.contains("hint:"), "{stderr}");
+}
+
+#[test]
+fn flags_win_over_variables_over_the_config_file() {
+    let world = World::new();
+    let dir = world.dir();
+    let config = dir.join("config.toml");
+    for name in ["by-flag", "by-variable", "by-file"] {
+        world.ok(["init", dir.join(name).to_str().unwrap()]);
+    }
+    std::fs::write(&config, "store = 'by-file'\n").unwrap();
+    let init = |flag: Option<&str>, variable: Option<&str>| {
+        let mut command = world.command(["--config", config.to_str().unwrap(), "init", "--json"]);
+        command.env_remove("ENVFABRIC_STORE");
+        if let Some(flag) = flag {
+            command.args(["--store", dir.join(flag).to_str().unwrap()]);
+        }
+        if let Some(variable) = variable {
+            command.env("ENVFABRIC_STORE", dir.join(variable));
+        }
+        let value: serde_json::Value = serde_json::from_str(&check(&mut command)).unwrap();
+        value["store"].as_str().unwrap().rsplit('/').next().unwrap().to_string()
+    };
+    assert_eq!(init(Some("by-flag"), Some("by-variable")), "by-flag");
+    assert_eq!(init(None, Some("by-variable")), "by-variable");
+    assert_eq!(init(None, None), "by-file");
+}
+
+#[test]
+fn errors_are_json_too_and_a_closed_pipe_is_no_error() {
+    let world = World::new();
+    let output = world.output(["show", "no/such", "--json"]);
+    let error: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
+    assert_eq!(error["error"]["kind"], "not-found");
+    assert!(output.stdout.is_empty());
+    for args in [vec!["list"], vec!["--help"], vec!["completions", "bash"], vec!["list", "--json"]] {
+        let mut process = world.command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(process.stdout.take());
+        let output = process.wait_with_output().unwrap();
+        assert!(!text(&output.stderr).contains("panic"), "{args:?}: {}", text(&output.stderr));
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn run_and_show_and_diff_and_rollback_as_the_readme_says() {
+    let world = World::new();
+    let python = python311();
+    let created = world.ok(["create", "demo/hello", "six==1.15.0", "--python", &python]);
+    let path = created.trim();
+    assert!(path.ends_with("/envs/demo/hello/.venv/bin/python"), "{created}");
+
+    // `run` mounts by itself.
+    let said = world.ok([
+        "run",
+        "demo/hello",
+        "--",
+        "python",
+        "-c",
+        "import six, os; print(six.__version__, os.environ['VIRTUAL_ENV'])",
+    ]);
+    assert!(said.starts_with("1.15.0 ") && said.contains(".versions/1/.venv"), "{said}");
+    assert_eq!(check(Command::new(path).args(["-c", "print(6*7)"])).trim(), "42");
+    assert_eq!(world.output(["run", "demo/hello", "--", "python", "-c", "raise SystemExit(7)"]).status.code(), Some(7));
+    let missing = world.output(["run", "demo/hello", "--", "no-such-program"]);
+    assert_eq!(missing.status.code(), Some(127), "{}", text(&missing.stderr));
+
+    world.ok(["create", "demo/hello", "six==1.16.0", "idna", "--python", &python]);
+    let diff = world.json(["diff", "demo/hello@1", "demo/hello"]);
+    assert_eq!(diff["changes"].as_array().unwrap().len(), 2, "{diff}");
+    world.ok(["rollback", "demo/hello"]);
+    assert_eq!(world.json(["show", "demo/hello"])["number"], 1);
+    world.ok(["rollback", "demo/hello", "2"]);
+    assert_eq!(
+        world.ok(["run", "demo/hello@1", "--", "python", "-c", "import six; print(six.__version__)"]).trim(),
+        "1.15.0"
+    );
+
+    let shell = world.command(["shell", "demo/hello"]).env("SHELL", "/bin/bash").output().unwrap();
+    assert!(shell.status.success(), "{}", text(&shell.stderr));
+    let pythons = world.json(["python", "list"]);
+    assert!(pythons[0]["python"]["version"].as_str().unwrap().starts_with("3.11"), "{pythons}");
+    let doctor = world.json(["doctor"]);
+    assert!(
+        doctor["checks"].as_array().unwrap().iter().any(|c| c["name"] == "store" && c["state"] == "ok"),
+        "{doctor}"
+    );
+    world.ok(["remove", "demo/hello"]);
+    assert!(world.fails(1, ["show", "demo/hello"]).contains("demo/hello"));
+    world.ok(["umount"]);
+}

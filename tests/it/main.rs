@@ -1,0 +1,15 @@
+//! Whole-program tests: the real binary, the real uv, real wheels, real FUSE mounts.
+//!
+//! One binary, so that the environments that several tests look at are built once.
+
+mod cli;
+mod copies;
+mod faults;
+mod side_by_side;
+mod sources;
+mod suites;
+mod switching;
+mod tree;
+mod venv;
+mod wheels;
+mod world;
