@@ -28,10 +28,10 @@ pub(crate) struct Create {
     #[arg(value_name = "REQ", conflicts_with_all = ["project", "lock"])]
     requirements: Vec<String>,
     /// Requirements file (repeatable)
-    #[arg(long = "requirements", short, value_name = "FILE", conflicts_with_all = ["project", "lock"])]
+    #[arg(long = "requirements", short = 'r', value_name = "FILE", conflicts_with_all = ["project", "lock"])]
     files: Vec<PathBuf>,
     /// Constraints file (repeatable)
-    #[arg(long = "constraints", short, value_name = "FILE", conflicts_with_all = ["project", "lock"])]
+    #[arg(long = "constraints", short = 'c', value_name = "FILE", conflicts_with_all = ["project", "lock"])]
     constraints: Vec<PathBuf>,
     /// Project directory with pyproject.toml and uv.lock
     #[arg(long, value_name = "DIR", conflicts_with = "lock")]

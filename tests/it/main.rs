@@ -2,6 +2,9 @@
 //!
 //! One binary, so that the environments that several tests look at are built once.
 
+#![allow(unreachable_pub)] // nobody else reaches a test binary
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod cli;
 mod copies;
 mod faults;

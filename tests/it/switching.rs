@@ -132,8 +132,8 @@ fn bind_mounts_inside_an_environment_stand_through_switches() {
            {tool} rollback switch/b $n >/dev/null
            for i in $(seq 200); do [ \"$(readlink {a}/env/.venv)\" = .versions/$n/.venv ] && break; sleep 0.02; done
            [ \"$(readlink {a}/env/.venv)\" = .versions/$n/.venv ]
-           [ \"$({a}/env/.venv/bin/python -c 'import switcher; print(switcher.VERSION)')\" = $n ]
-           [ \"$({a}/version/.venv/bin/python -c 'import switcher; print(switcher.VERSION)')\" = 2 ]
+           [ \"$({a}/env/.venv/bin/python -I -c 'import switcher; print(switcher.VERSION)')\" = $n ]
+           [ \"$({a}/version/.venv/bin/python -I -c 'import switcher; print(switcher.VERSION)')\" = 2 ]
            grep -q 'VERSION = 2' switcher/__init__.py {a}/site/switcher/late.py
            ls -lR . >/dev/null
          done
