@@ -29,6 +29,11 @@ pub fn preflight(dir: &Path) -> Result<PathBuf> {
     }
     if !is_root() {
         fusermount()?;
+        // fusermount3 opens it as the user it works for.
+        OpenOptions::new().read(true).write(true).open(DEVICE).map_err(|error| {
+            Error::io("opening", Path::new(DEVICE), error)
+                .hint(format!("have root run `chmod 666 {DEVICE}` (udev usually does), or mount as root"))
+        })?;
     }
     let shown = dir.display();
     let here = table::absolute(dir)?;

@@ -66,6 +66,8 @@ pub(super) enum Age {
     Fresh,
     /// Any; [`Names::refresh`] sees to it that it does not grow old.
     Any,
+    /// None at all: before a name is said not to be there, the store is asked.
+    Now,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -117,7 +119,7 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
         if ask {
             cell.asked = Instant::now();
         }
-        if age == Age::Fresh && cell.read.elapsed() >= FRESH {
+        if age == Age::Now || (age == Age::Fresh && cell.read.elapsed() >= FRESH) {
             match read(Some(&cell.value)) {
                 Ok(Some(value)) if value != *cell.value => {
                     cell.value = Arc::new(value);
@@ -235,7 +237,7 @@ impl Names {
                 Source::Draft(draft) => vec![draft.environment.workflow().to_string()],
                 Source::Store(store) => {
                     let mut names = store.workflows()?;
-                    names.retain(|name| self.has_listed_node(name, ask).unwrap_or(true));
+                    names.retain(|name| self.has_listed_node(name, Age::Fresh, ask).unwrap_or(true));
                     names
                 }
             }))
@@ -256,7 +258,7 @@ impl Names {
                 Source::Store(store) => {
                     let mut names = store.nodes(workflow)?;
                     // Not asked on behalf of each node: only the listing is watched.
-                    names.retain(|node| self.is_listed(workflow, node, false));
+                    names.retain(|node| self.is_listed(workflow, node, Age::Fresh, false));
                     names
                 }
             }))
@@ -266,9 +268,9 @@ impl Names {
         Ok(known.unwrap_or_else(|| Known { value: Arc::new(Vec::new()), mtime: (0, 0) }))
     }
 
-    fn is_listed(&self, workflow: &str, node: &str, ask: bool) -> bool {
+    fn is_listed(&self, workflow: &str, node: &str, age: Age, ask: bool) -> bool {
         let Ok(name) = EnvName::new(workflow, node) else { return false };
-        match self.env_asked(&name, Age::Fresh, ask) {
+        match self.env_asked(&name, age, ask) {
             Ok(env) => env.is_some_and(|env| env.listed),
             Err(error) => {
                 tracing::warn!(environment = %name, error = error.chain(), "an environment cannot be listed");
@@ -277,14 +279,14 @@ impl Names {
         }
     }
 
-    fn has_listed_node(&self, workflow: &str, ask: bool) -> Result<bool> {
+    fn has_listed_node(&self, workflow: &str, age: Age, ask: bool) -> Result<bool> {
         let Source::Store(store) = &self.source else { return Ok(true) };
         let witness = lock(&self.witness).get(workflow).cloned();
-        if witness.is_some_and(|name| self.is_listed(workflow, name.node(), ask)) {
+        if witness.is_some_and(|name| self.is_listed(workflow, name.node(), age, ask)) {
             return Ok(true);
         }
         for node in store.nodes(workflow)? {
-            if self.is_listed(workflow, &node, ask) {
+            if self.is_listed(workflow, &node, age, ask) {
                 let name = EnvName::new(workflow, &node)?;
                 lock(&self.witness).insert(workflow.into(), name);
                 return Ok(true);
@@ -297,14 +299,18 @@ impl Names {
     pub(super) fn has_workflow(&self, workflow: &str) -> Result<bool> {
         match &self.source {
             Source::Draft(draft) => Ok(draft.environment.workflow() == workflow),
-            Source::Store(_) => Ok(self.has_listed_node(workflow, true)?
-                || lock(&self.used).iter().any(|name| name.workflow() == workflow)),
+            Source::Store(_) => Ok(self.has_listed_node(workflow, Age::Fresh, true)?
+                || lock(&self.used).iter().any(|name| name.workflow() == workflow)
+                || self.has_listed_node(workflow, Age::Now, true)?),
         }
     }
 
     /// The environment `name`, where it is to be found.
     pub(super) fn env(&self, name: &EnvName, age: Age) -> Result<Option<Env>> {
-        self.env_asked(name, age, true)
+        match self.env_asked(name, age, true)? {
+            None if age == Age::Fresh => self.env_asked(name, Age::Now, true),
+            found => Ok(found),
+        }
     }
 
     fn env_asked(&self, name: &EnvName, age: Age, ask: bool) -> Result<Option<Env>> {

@@ -1,0 +1,235 @@
+//! Mounts served by a process of their own: signals, ordinary users, dead servers.
+//!
+//! The process is this test program again, told by its environment what to do: [`child`].
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+
+use common::*;
+use envfabric::mount::{Ended, Options, mount, mounts, umount};
+use envfabric::store::{Index, Store};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+macro_rules! needs_mounts {
+    () => {
+        if let Some(reason) = no_mounts_because() {
+            eprintln!("skipped: {reason}");
+            return;
+        }
+    };
+}
+
+/// Serves a mount when told to by the environment; otherwise no test.
+#[test]
+fn child() {
+    let Ok(dir) = std::env::var("TEST_MOUNT") else { return };
+    let store = Store::open(Path::new(&std::env::var("TEST_STORE").unwrap())).unwrap();
+    let index = Index::open(Path::new(&std::env::var("TEST_INDEX").unwrap()), &store).unwrap();
+    let signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).unwrap();
+    let mounted = match mount(store, Arc::new(index), &Options::at(dir)) {
+        Ok(mounted) => mounted,
+        Err(error) => {
+            println!("\nREFUSED {error:?}");
+            std::process::exit(3);
+        }
+    };
+    println!("\nMOUNTED");
+    let ended = mounted.wait(signals).unwrap();
+    std::process::exit(if ended == Ended::Unmounted { 0 } else { 7 });
+}
+
+/// A server in a process of its own; killed, and its mount taken away, at the latest when dropped.
+struct Server {
+    child: Child,
+    dir: std::path::PathBuf,
+}
+
+impl Server {
+    fn start(fixture: &Fixture, dir: &Path, user: Option<u32>) -> (Server, String) {
+        let exe = std::env::current_exe().unwrap();
+        let index = dir.with_extension("index");
+        fs::create_dir_all(&index).unwrap();
+        let mut command = match user {
+            None => Command::new(&exe),
+            Some(id) => {
+                chown(&index, Some(id), Some(id)).unwrap();
+                let mut command = Command::new("setpriv");
+                command.args([&format!("--reuid={id}"), &format!("--regid={id}"), "--clear-groups", "--"]).arg(&exe);
+                command
+            }
+        };
+        command.args(["--exact", "child", "--nocapture"]);
+        command.env("TEST_MOUNT", dir).env("TEST_STORE", fixture.store.root()).env("TEST_INDEX", &index);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let said = |line: &String| line.starts_with("MOUNTED") || line.starts_with("REFUSED");
+        let said = lines.map_while(Result::ok).find(said).unwrap_or_default();
+        (Server { child, dir: dir.to_path_buf() }, said)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    fn ends_with(&mut self) -> Option<i32> {
+        until("the server ends", || self.child.try_wait().unwrap().is_some());
+        self.child.wait().unwrap().code()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = nix::mount::umount2(&self.dir, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+struct LaidOver(&'static str);
+
+impl Drop for LaidOver {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+fn is_mounted(dir: &Path) -> bool {
+    mounts().unwrap().iter().any(|info| info.mount_point == dir)
+}
+
+#[test]
+fn a_signal_unmounts() {
+    needs_mounts!();
+    let fixture = Fixture::new();
+    fixture.publish("demo/a", fixture.packages());
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let dir = fixture.dir.path().join("m");
+        let (mut server, said) = Server::start(&fixture, &dir, None);
+        assert_eq!(said, "MOUNTED");
+        assert!(dir.join("demo/a/.venv/bin/activate").exists());
+        server.signal(signal);
+        assert_eq!(server.ends_with(), Some(0));
+        assert!(!is_mounted(&dir));
+    }
+}
+
+#[test]
+fn a_busy_mount_is_served_until_its_last_user_is_gone_or_a_second_signal_comes() {
+    needs_mounts!();
+    let fixture = Fixture::new();
+    fixture.publish("demo/a", fixture.packages());
+    let dir = fixture.dir.path().join("m");
+    let site = dir.join("demo/a/.venv/lib/python3.11/site-packages");
+
+    let (mut server, _) = Server::start(&fixture, &dir, None);
+    let inside = fs::File::open(&site).unwrap();
+    server.signal(Signal::SIGTERM);
+    until("the name is taken away", || !is_mounted(&dir));
+    // Things not seen before are still served to who stands inside.
+    let below = format!("/proc/self/fd/{}/gamma/data/small.bin", std::os::fd::AsRawFd::as_raw_fd(&inside));
+    assert_eq!(fs::read(below).unwrap(), noise(5_000, 301));
+    assert!(server.child.try_wait().unwrap().is_none());
+    drop(inside);
+    assert_eq!(server.ends_with(), Some(0));
+
+    let (mut server, _) = Server::start(&fixture, &dir, None);
+    let inside = fs::File::open(&site).unwrap();
+    server.signal(Signal::SIGTERM);
+    until("the name is taken away", || !is_mounted(&dir));
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.ends_with(), Some(7));
+    drop(inside);
+}
+
+#[test]
+fn umount_from_outside_ends_the_server() {
+    needs_mounts!();
+    let fixture = Fixture::new();
+    let dir = fixture.dir.path().join("m");
+    let (mut server, _) = Server::start(&fixture, &dir, None);
+    umount(&dir, false).unwrap();
+    assert_eq!(server.ends_with(), Some(0));
+}
+
+#[test]
+fn a_stale_mount_is_told_and_umount_clears_it() {
+    needs_mounts!();
+    let fixture = Fixture::new();
+    fixture.publish("demo/a", vec![]);
+    let dir = fixture.dir.path().join("m");
+    let (mut server, _) = Server::start(&fixture, &dir, None);
+    server.signal(Signal::SIGKILL);
+    server.ends_with();
+    assert_eq!(fs::metadata(&dir).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
+    let options = Options::at(&dir);
+    let error = mount(fixture.store.clone(), fixture.index.clone(), &options).map(drop).unwrap_err();
+    let text = format!("{error:?}");
+    assert!(text.contains("stale") && text.contains("envfabric umount"), "{text}");
+    umount(&dir, false).unwrap();
+    mount(fixture.store.clone(), fixture.index.clone(), &options).unwrap().unmount().unwrap();
+}
+
+#[test]
+fn an_ordinary_user_mounts_through_fusermount3() {
+    needs_mounts!();
+    const USER: u32 = 65534;
+    let fixture = Fixture::new();
+    fixture.publish("demo/a", fixture.packages());
+    // The user must get through to the store, to this program and to a directory of its own.
+    fs::set_permissions(fixture.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let exe = std::env::current_exe().unwrap();
+    let mut may = Command::new("setpriv");
+    may.args(["--reuid=65534", "--regid=65534", "--clear-groups", "test", "-x"]).arg(&exe);
+    let may = may.status();
+    if !Path::new("/usr/bin/fusermount3").exists() || !may.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: needs fusermount3, setpriv, and a target directory that others may read");
+        return;
+    }
+    // Where no udev has opened the device to everybody, a copy of it is laid over it meanwhile.
+    let _open = (fs::metadata("/dev/fuse").unwrap().mode() & 0o006 != 0o006).then(|| {
+        let copy = fixture.dir.path().join("fuse-device");
+        let made = Command::new("mknod").arg("-m666").arg(&copy).args(["c", "10", "229"]).status();
+        let laid = Command::new("mount").arg("--bind").arg(&copy).arg("/dev/fuse").status();
+        assert!(made.unwrap().success() && laid.unwrap().success());
+        LaidOver("/dev/fuse")
+    });
+    let dir = fixture.place("with, comma and space");
+    chown(&dir, Some(USER), Some(USER)).unwrap();
+    let (mut server, said) = Server::start(&fixture, &dir, Some(USER));
+    assert_eq!(said, "MOUNTED");
+    let info = mounts().unwrap().into_iter().find(|info| info.mount_point == dir).unwrap();
+    assert_eq!(info.store, fixture.store.root());
+    let as_user = |script: &str| {
+        let args = ["--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", script];
+        let output = Command::new("setpriv").args(args).current_dir("/").output().unwrap();
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+    };
+    let said = as_user(&format!("'{}/demo/a/.venv/bin/python' 1", dir.display()));
+    assert_eq!(said, "fake python 1\n");
+    let said = as_user(&format!("stat -c %u:%g '{}/demo/a/.venv/bin/alpha'", dir.display()));
+    assert_eq!(said, format!("{USER}:{USER}\n"));
+    assert!(fs::metadata(dir.join("demo")).is_err(), "others, root too, are not let in");
+
+    let error = as_user(&format!("cat '{}/demo/a/.venv/pyvenv.cfg' | head -1", dir.display()));
+    assert_eq!(error, format!("home = {}/demo/a/.versions/1/.python/bin\n", dir.display()));
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.ends_with(), Some(0));
+    assert!(!is_mounted(&dir));
+
+    // A directory that is not the user's is refused in fusermount3's own words.
+    let foreign = fixture.place("foreign");
+    assert_eq!(fs::metadata(&foreign).unwrap().uid(), 0);
+    let (mut server, said) = Server::start(&fixture, &foreign, Some(USER));
+    assert!(said.starts_with("REFUSED"), "{said}");
+    assert_eq!(server.ends_with(), Some(3));
+}
