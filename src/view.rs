@@ -27,6 +27,7 @@ mod lru;
 mod merge;
 pub mod mountinfo;
 mod names;
+mod reading;
 mod slots;
 mod version;
 
@@ -45,7 +46,7 @@ use crate::error::{Error, Kind, Result};
 use crate::store::{Catalog, FILE_MTIME, Index, LayerKind, Node, Place, Row, Store};
 use bytes::{Holder, Location, Objects};
 use lru::Lru;
-use merge::{Content, MergedDir};
+use merge::{Child, Content, MergedDir};
 use names::{Age, Names};
 use slots::Slots;
 use version::{Layers, VersionView, damaged, gone};
@@ -290,9 +291,9 @@ impl Tree {
                 let dir = self.merged_dir(&view, index)?;
                 match self.child(&view, &dir, name)? {
                     None => Ok(None),
-                    Some((ino, Some(below), _)) => self.dir_attr(&view, &below, ino).map(Some),
-                    Some((ino, None, Some(row))) => Ok(Some(row_attr(ino, &row.node))),
-                    Some((ino, None, None)) => self.attr(ino).map(Some),
+                    Some(Child::Dir(below)) => self.dir_attr(&view, &below, below.ino).map(Some),
+                    Some(Child::Leaf(ino, row)) => Ok(Some(row_attr(ino, &row.node))),
+                    Some(Child::Other(ino)) => self.attr(ino).map(Some),
                 }
             }
             Object::Row { .. } | Object::Special { .. } => Err(not_a_directory()),
@@ -431,99 +432,6 @@ impl Tree {
         }
     }
 
-    /// What symbolic link `ino` points to.
-    pub fn readlink(&self, ino: Ino) -> Result<Vec<u8>> {
-        match ino.decode().ok_or_else(gone)? {
-            Object::Row { layer, row } => match self.row(layer, row)?.node {
-                Node::Symlink { target } => Ok(target),
-                _ => Err(not_a_link()),
-            },
-            Object::Special { version, special } => {
-                let target = self.version(version)?.link_target(special);
-                target.map(String::into_bytes).ok_or_else(not_a_link)
-            }
-            _ => Err(not_a_link()),
-        }
-    }
-
-    /// How the bytes of file `ino` are to be had. Nothing is kept for it: a read needs the number alone.
-    pub fn open(&self, ino: Ino) -> Result<Opened> {
-        match ino.decode().ok_or_else(gone)? {
-            Object::Row { .. } => {
-                let at = self.location(ino)?;
-                match at.holder {
-                    Holder::Blob(_) => Ok(Opened::Whole(self.objects.open(&self.store, at.holder)?, at.size)),
-                    Holder::Pack(_) => Ok(Opened::Lasting),
-                }
-            }
-            Object::Special { special: Special::Config, .. } => Ok(Opened::ByReader),
-            Object::Special { special: Special::Metadata | Special::Lock | Special::Project, .. } => {
-                Ok(Opened::Lasting)
-            }
-            _ => Err(Error::new(Kind::Os(libc::EISDIR), "this is no file")),
-        }
-    }
-
-    /// Up to `size` bytes of file `ino` from `offset` on; fewer only at its end.
-    pub fn read(&self, ino: Ino, offset: u64, size: u32, reader: Reader) -> Result<Vec<u8>> {
-        match ino.decode().ok_or_else(gone)? {
-            Object::Special { version, special: Special::Config } => {
-                Ok(cut(&self.config(&*self.version(version)?, reader), offset, size))
-            }
-            Object::Special { version, special: Special::Metadata } => {
-                let view = self.version(version)?;
-                Ok(cut(&view.metadata(&*self.layers(&view)?)?, offset, size))
-            }
-            _ => self.objects.read(&self.store, &self.location(ino)?, offset, size),
-        }
-    }
-
-    fn config(&self, view: &VersionView, reader: Reader) -> Vec<u8> {
-        use std::os::unix::ffi::OsStrExt;
-        let Some(mountpoint) = self.mountpoint.get() else { return view.config(view.path().as_bytes()) };
-        // A reader that is gone, or that may not be looked at, gets the configured mount point.
-        let text = reader.tid.and_then(|tid| std::fs::read(format!("/proc/{tid}/mountinfo")).ok());
-        let reached = text.and_then(|text| {
-            mountinfo::reach(&mountinfo::parse(&text), mountpoint.dev, view.path().as_bytes(), &mountpoint.path)
-        });
-        let dir = reached.unwrap_or_else(|| [mountpoint.path.as_os_str().as_bytes(), view.path().as_bytes()].concat());
-        view.config(&dir)
-    }
-
-    fn location(&self, ino: Ino) -> Result<Location> {
-        if let Some(at) = self.locations.get(&ino) {
-            return Ok(at);
-        }
-        let at = match ino.decode().ok_or_else(gone)? {
-            Object::Row { layer, row } => {
-                let digest = self.layer_slots.key(layer).ok_or_else(gone)?;
-                self.with_catalog(&digest, |catalog| {
-                    let Some(Row { node: Node::File { size, digest, place, .. }, .. }) = catalog.row(row)? else {
-                        return Err(gone());
-                    };
-                    match (place, catalog.pack()) {
-                        (Place::Blob, _) => Ok(Location { holder: Holder::Blob(digest), offset: 0, size }),
-                        (Place::Pack { offset }, Some(pack)) => {
-                            Ok(Location { holder: Holder::Pack(*pack), offset, size })
-                        }
-                        (Place::Pack { .. }, None) => {
-                            let what = format!("the catalog of layer {} names no pack", catalog.layer().short());
-                            Err(Error::new(Kind::Corrupt, what).hint("run `envfabric fsck`"))
-                        }
-                    }
-                })?
-            }
-            Object::Special { version, special: special @ (Special::Lock | Special::Project) } => {
-                let view = self.version(version)?;
-                let document = view.document(special).ok_or_else(gone)?;
-                Location { holder: Holder::Blob(document.blob), offset: 0, size: document.size }
-            }
-            _ => return Err(Error::new(Kind::Os(libc::EISDIR), "this is no file")),
-        };
-        self.locations.put(ino, at);
-        Ok(at)
-    }
-
     fn row(&self, layer: u32, row: u32) -> Result<Row> {
         let digest = self.layer_slots.key(layer).ok_or_else(gone)?;
         self.with_catalog(&digest, |catalog| catalog.row(row))?.filter(|row| !row.node.is_dir()).ok_or_else(gone)
@@ -567,12 +475,6 @@ fn node_links(view: &VersionView) -> Vec<(String, Special)> {
 /// `name` where it may be a workflow or a node.
 fn part(name: &[u8]) -> Option<&str> {
     std::str::from_utf8(name).ok().filter(|text| EnvName::is_part(text))
-}
-
-fn cut(bytes: &[u8], offset: u64, size: u32) -> Vec<u8> {
-    let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
-    let end = start.saturating_add(size as usize).min(bytes.len());
-    bytes[start..end].to_vec()
 }
 
 fn not_a_directory() -> Error {

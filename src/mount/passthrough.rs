@@ -17,11 +17,11 @@ use crate::store::Store;
 use crate::view::Ino;
 
 /// File systems tried with passthrough, by their `f_type`: those on local disks that do not stack on others.
-const LOCAL: [i64; 4] = [
-    0xEF53,      // ext2, ext3, ext4
-    0x5846_5342, // xfs
-    0x9123_683E, // btrfs
-    0x0102_1994, // tmpfs
+const LOCAL: [FsType; 4] = [
+    FsType(0xEF53),      // ext2, ext3, ext4
+    FsType(0x5846_5342), // xfs
+    FsType(0x9123_683E), // btrfs
+    FsType(0x0102_1994), // tmpfs
 ];
 
 /// Handles of files that could be opened with passthrough say how they were opened.
@@ -50,11 +50,7 @@ pub(super) enum Mode {
 
 /// True when the files of `store` lie on a file system that passthrough is tried with.
 pub fn is_local(store: &Store) -> bool {
-    let FsType(kind) = match statfs::statfs(store.root()) {
-        Ok(stat) => stat.filesystem_type(),
-        Err(_) => return false,
-    };
-    LOCAL.contains(&(kind as i64))
+    statfs::statfs(store.root()).is_ok_and(|stat| LOCAL.contains(&stat.filesystem_type()))
 }
 
 impl Passthrough {

@@ -75,6 +75,15 @@ enum Found {
     Dirs { parts: Vec<Part>, subdirs: u32, closed: bool },
 }
 
+/// What a name in a directory leads to.
+pub(super) enum Child {
+    Dir(Arc<MergedDir>),
+    /// A file or link whose row was read on the way.
+    Leaf(Ino, Row),
+    /// A file or link.
+    Other(Ino),
+}
+
 impl Tree {
     /// `.python` or `.venv` of a version.
     pub(super) fn tree_root(&self, view: &VersionView, layers: &Layers, venv: bool) -> Result<Arc<MergedDir>> {
@@ -163,36 +172,30 @@ impl Tree {
     }
 
     /// The entry `name` of `dir`, if it has one.
-    pub(super) fn child(
-        &self,
-        view: &VersionView,
-        dir: &MergedDir,
-        name: &[u8],
-    ) -> Result<Option<(Ino, Option<Arc<MergedDir>>, Option<Row>)>> {
+    pub(super) fn child(&self, view: &VersionView, dir: &MergedDir, name: &[u8]) -> Result<Option<Child>> {
         let layers = self.layers(view)?;
         if let ([part], MadeUp::Nothing) = (&*dir.parts, dir.made_up) {
             let row = self.with_catalog(layers.digest(part.ord)?, |catalog| catalog.lookup(part.row, name))?;
             let Some(row) = row else { return Ok(None) };
             if !row.node.is_dir() {
                 let ino = Ino::encode(Object::Row { layer: layers.slot(part.ord)?, row: row.id })?;
-                return Ok(Some((ino, None, Some(row))));
+                return Ok(Some(Child::Leaf(ino, row)));
             }
             let ino = self.dir_ino(view, &layers, part.ord, row.id)?;
             let below = Arc::new(child(dir, ino, [Part { ord: part.ord, row: row.id }].into(), name));
             self.keep(view, &below);
-            return Ok(Some((ino, Some(below), Some(row))));
+            return Ok(Some(Child::Dir(below)));
         }
         let content = self.content(view, &layers, dir)?;
         let Some(entry) = content.find(name) else { return Ok(None) };
-        let below = match &entry.what {
+        Ok(Some(match &entry.what {
             What::Dir { parts, .. } => {
                 let below = Arc::new(child(dir, entry.ino, parts.clone(), name));
                 self.keep(view, &below);
-                Some(below)
+                Child::Dir(below)
             }
-            _ => None,
-        };
-        Ok(Some((entry.ino, below, None)))
+            _ => Child::Other(entry.ino),
+        }))
     }
 
     fn keep(&self, view: &VersionView, dir: &Arc<MergedDir>) {
