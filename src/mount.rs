@@ -138,6 +138,10 @@ impl Served {
         self.end.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
+    fn was_unmounted(&self) -> bool {
+        matches!(*self.end.lock().unwrap_or_else(PoisonError::into_inner), Some(Ok(())))
+    }
+
     fn join(&self) -> std::result::Result<(), String> {
         let end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
         let end = self.ended.wait_while(end, |end| end.is_none()).unwrap_or_else(PoisonError::into_inner);
@@ -153,7 +157,7 @@ impl Mounted {
 
     /// Serves until it is unmounted: by `umount`, or because one of `signals` came (register SIGTERM and SIGINT).
     ///
-    /// After a signal it is unmounted; if it is in use, its name is taken away and it goes on serving those who use it
+    /// Register the signals before mounting, so that none is lost. After a signal it is unmounted; if it is in use, its name is taken away and it goes on serving those who use it
     /// until the last is gone. A second signal ends the wait at once.
     pub fn wait(self, mut signals: Signals) -> Result<Ended> {
         let handle = signals.handle();
@@ -225,7 +229,8 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         self.refresher.end();
-        if !self.session.has_ended()
+        // Once it was unmounted, what is mounted there now is another's, even if it got our device number.
+        if !self.session.was_unmounted()
             && let Err(errno) = self.detach(true)
         {
             tracing::warn!(mount_point = %self.at.path.display(), %errno, "the mount could not be taken away");

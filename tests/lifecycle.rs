@@ -7,7 +7,7 @@
 mod common;
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -52,6 +52,8 @@ fn child() {
 struct Server {
     child: Child,
     dir: std::path::PathBuf,
+    /// Kept open: a server that cannot print fails.
+    _output: BufReader<std::process::ChildStdout>,
 }
 
 impl Server {
@@ -71,10 +73,10 @@ impl Server {
         command.args(["--exact", "child", "--nocapture"]);
         command.env("TEST_MOUNT", dir).env("TEST_STORE", fixture.store.root()).env("TEST_INDEX", &index);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
         let said = |line: &String| line.starts_with("MOUNTED") || line.starts_with("REFUSED");
-        let said = lines.map_while(Result::ok).find(said).unwrap_or_default();
-        (Server { child, dir: dir.to_path_buf() }, said)
+        let said = output.by_ref().lines().map_while(Result::ok).find(said).unwrap_or_default();
+        (Server { child, dir: dir.to_path_buf(), _output: output }, said)
     }
 
     fn signal(&self, signal: Signal) {
@@ -177,6 +179,34 @@ fn a_stale_mount_is_told_and_umount_clears_it() {
     assert!(text.contains("stale") && text.contains("envfabric umount"), "{text}");
     umount(&dir, false).unwrap();
     mount(fixture.store.clone(), fixture.index.clone(), &options).unwrap().unmount().unwrap();
+}
+
+#[test]
+fn large_files_of_a_local_store_do_not_pass_through_the_server() {
+    needs_mounts!();
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map(|n| n.parse::<u32>().unwrap_or(0));
+    let kernel = (numbers.next().unwrap(), numbers.next().unwrap());
+    let fixture = Fixture::new();
+    let stat = Command::new("stat").args(["-f", "-c", "%T"]).arg(fixture.dir.path()).output().unwrap();
+    let kind = String::from_utf8_lossy(&stat.stdout).trim().to_string();
+    if kernel < (6, 9) || !["ext2/ext3", "xfs", "btrfs", "tmpfs"].contains(&kind.as_str()) {
+        eprintln!("skipped: no passthrough with Linux {release} or a store on {kind}");
+        return;
+    }
+    let content = noise(9_000_001, 42);
+    let layer = fixture.layer("big", vec![file(format!("{SITE}/big.so"), content.clone())]);
+    fixture.publish("demo/a", vec![layer]);
+    let dir = fixture.dir.path().join("m");
+    let (server, _) = Server::start(&fixture, &dir, None);
+    let path = dir.join("demo/a/.venv/lib/python3.11/site-packages/big.so");
+    let read_by_server = || -> u64 {
+        let io = fs::read_to_string(format!("/proc/{}/io", server.child.id())).unwrap();
+        io.lines().find_map(|l| l.strip_prefix("rchar: ")).unwrap().parse().unwrap()
+    };
+    let before = read_by_server();
+    assert!(fs::read(&path).unwrap() == content);
+    assert!(read_by_server() - before < 1_000_000);
 }
 
 #[test]

@@ -97,9 +97,9 @@ impl Adapter {
     }
 
     fn is_inside_version(number: INodeNo) -> bool {
-        use crate::view::{Object, Special};
+        use crate::view::Object;
         match ino(number).decode() {
-            Some(Object::Special { special, .. }) => !special.is_node_link() && special != Special::Root,
+            Some(Object::Special { special, .. }) => !special.is_node_link(),
             Some(Object::Row { .. } | Object::Dir { .. }) => true,
             _ => false,
         }

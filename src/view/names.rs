@@ -110,10 +110,11 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
         let Some(cell) = cell else {
             let Some(value) = read(None)? else { return Ok(None) };
             let now = Instant::now();
-            let known = Known { value: Arc::new(value), mtime: time_now() };
-            let cell = Cell { value: known.value.clone(), mtime: known.mtime, read: now, asked: now };
-            lock(&self.0).entry(key.clone()).or_insert_with(|| Arc::new(Mutex::new(cell)));
-            return Ok(Some(known));
+            let cell = Cell { value: Arc::new(value), mtime: time_now(), read: now, asked: now };
+            // Whoever came first is kept, so that everyone is told the same time.
+            let kept = lock(&self.0).entry(key.clone()).or_insert_with(|| Arc::new(Mutex::new(cell))).clone();
+            let kept = lock(&kept);
+            return Ok(Some(Known { value: kept.value.clone(), mtime: kept.mtime }));
         };
         let mut cell = lock(&cell);
         if ask {
