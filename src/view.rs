@@ -5,6 +5,7 @@
 //!   <workflow>/                                     Name      names that move: answers age
 //!     <node>/                                       Name
 //!       .venv -> .versions/<n>/.venv                Special   a new inode per target
+//!       .python -> .versions/<n>/.python            Special   likewise
 //!       pyproject.toml, pylock.toml, metadata.json  Special   links to the current version's
 //!       .versions/                                  Versions
 //!         <n>/                                      Special   from here on nothing ever changes
@@ -249,7 +250,7 @@ impl Tree {
             NameChange::Workflows => Some(Ino::ROOT),
             NameChange::Nodes(workflow) => name(slot(NameKey::Workflow(workflow)))?,
             NameChange::Current(env) => {
-                let names = [".venv", "metadata.json", "pyproject.toml", "pylock.toml", "uv.lock"];
+                let names = [".venv", ".python", "metadata.json", "pyproject.toml", "pylock.toml", "uv.lock"];
                 links.extend(names.map(String::from));
                 name(slot(NameKey::Node(env)))?
             }
@@ -464,8 +465,9 @@ impl Tree {
 
 /// The links that a node's directory shows while `view` is current.
 fn node_links(view: &VersionView) -> Vec<(String, Special)> {
-    let mut links =
-        vec![(".venv".to_string(), Special::LinkVenv), ("metadata.json".to_string(), Special::LinkMetadata)];
+    let links =
+        [(".venv", Special::LinkVenv), (".python", Special::LinkPython), ("metadata.json", Special::LinkMetadata)];
+    let mut links: Vec<_> = links.into_iter().map(|(name, special)| (name.to_string(), special)).collect();
     for special in [Special::LinkLock, Special::LinkProject] {
         links.extend(view.document(special).map(|document| (document.name.clone(), special)));
     }

@@ -413,7 +413,7 @@ fn removed_and_unfinished_environments_are_not_there() {
     };
     assert_eq!(names(""), ["demo"]);
     assert_eq!(names("demo"), ["a"]);
-    assert_eq!(names("demo/a"), [".venv", ".versions", "metadata.json", "pylock.toml", "pyproject.toml"]);
+    assert_eq!(names("demo/a"), [".python", ".venv", ".versions", "metadata.json", "pylock.toml", "pyproject.toml"]);
     let version = [".python", ".venv", "metadata.json", "pylock.toml", "pyproject.toml"];
     assert_eq!(names("demo/a/.versions/1"), version);
     for missing in ["gone", "gone/a", "demo/half", "demo/a/.versions/2", "demo/a/.versions/01", "demo/a/uv.lock", ".x"]

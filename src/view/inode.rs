@@ -101,10 +101,12 @@ pub enum Special {
     LinkLock = 10,
     /// The node's link `pyproject.toml`.
     LinkProject = 11,
+    /// The node's link `.python`: CPython before 3.11 takes `.venv/bin/../../.python` apart as text.
+    LinkPython = 12,
 }
 
 impl Special {
-    const ALL: [Special; 12] = [
+    const ALL: [Special; 13] = [
         Special::Root,
         Special::Config,
         Special::Metadata,
@@ -117,6 +119,7 @@ impl Special {
         Special::LinkMetadata,
         Special::LinkLock,
         Special::LinkProject,
+        Special::LinkPython,
     ];
 
     /// True for the links in a node directory.
@@ -216,7 +219,7 @@ mod tests {
             slot().prop_map(|slot| Object::Versions { slot }),
             (slot(), low()).prop_map(|(layer, row)| Object::Row { layer, row }),
             (slot(), low()).prop_map(|(version, index)| Object::Dir { version, index }),
-            (slot(), 0..12usize).prop_map(|(version, s)| Object::Special { version, special: Special::ALL[s] }),
+            (slot(), 0..13usize).prop_map(|(version, s)| Object::Special { version, special: Special::ALL[s] }),
         ]
     }
 

@@ -198,6 +198,7 @@ impl VersionView {
             Special::Python => format!("../../.python/{}", self.version.interpreter.executable),
             Special::Python3 | Special::PythonMinor => "python".into(),
             Special::LinkVenv => format!(".versions/{number}/.venv"),
+            Special::LinkPython => format!(".versions/{number}/.python"),
             Special::LinkMetadata => format!(".versions/{number}/metadata.json"),
             Special::LinkLock | Special::LinkProject => format!(".versions/{number}/{}", self.document(special)?.name),
             _ => return None,
