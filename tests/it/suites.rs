@@ -73,7 +73,8 @@ fn outcomes(dir: &Path, side: &str, venv: &Path) -> BTreeMap<String, String> {
          \x20       for k in sorted(seen): f.write('%s %s\\n' % (seen[k], k.replace('\\n', ' ')))\n",
     )
     .unwrap();
-    let site = venv.join("lib/python3.11/site-packages");
+    // Without symlinks in it, or pytest names the tests otherwise.
+    let site = fs::canonicalize(venv).unwrap().join("lib/python3.11/site-packages");
     let mut command = Command::new(venv.join("bin/python"));
     command
         .args(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "outcomes", "--rootdir"])
