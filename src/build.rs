@@ -53,6 +53,9 @@ pub use validate::{check_requirements, judge_trial, trial_command};
 use scratch::Scratch;
 use stage::Stage;
 
+/// Starts the interpreter of a version and fails unless it works; gets the version and its layers' documents.
+pub type Trial<'a> = &'a dyn Fn(&Version, &[Arc<LayerDoc>]) -> Result<()>;
+
 /// Where and with what a build works.
 #[derive(Clone)]
 pub struct Context<'a> {
@@ -70,7 +73,7 @@ pub struct Context<'a> {
     pub progress: &'a dyn Progress,
     /// Starts the interpreter of a version that is complete but not published (its number is 0), from a view of it;
     /// see [`trial_command`] and [`judge_trial`]. None skips this part of validation.
-    pub trial: Option<&'a dyn Fn(&Version, &[Arc<LayerDoc>]) -> Result<()>>,
+    pub trial: Option<Trial<'a>>,
 }
 
 /// What an environment is made from.

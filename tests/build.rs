@@ -1,5 +1,7 @@
 //! Builds with real uv and real wheels. uv is found through `ENVFABRIC_UV` or `PATH`; packages come from PyPI.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -332,7 +334,7 @@ fn sources_of_every_kind() {
     let room = Room::new();
     let dir = room.path("src");
     fs::create_dir_all(dir.join("mine")).unwrap();
-    fs::write(dir.join("pyproject.toml"), "[project]\nname='mine'\nversion='2.0'\nrequires-python='>=3.9'\ndependencies=['six==1.16.0']\n[project.optional-dependencies]\nnet=['idna==3.7']\n[dependency-groups]\ndev=['toml==0.10.2']\nextra=['docopt==0.6.2']\n[build-system]\nrequires=['flit_core==3.9.0']\nbuild-backend='flit_core.buildapi'\n").unwrap();
+    fs::write(dir.join("pyproject.toml"), "[project]\nname='mine'\nversion='2.0'\ndescription='d'\nrequires-python='>=3.9'\ndependencies=['six==1.16.0']\n[project.optional-dependencies]\nnet=['idna==3.7']\n[dependency-groups]\ndev=['toml==0.10.2']\nextra=['docopt==0.6.2']\n[build-system]\nrequires=['flit_core==3.9.0']\nbuild-backend='flit_core.buildapi'\n").unwrap();
     fs::write(dir.join("mine/__init__.py"), "'''Mine'''\nx = 1\n").unwrap();
     // A source directory as a requirement: built each time, as it may have changed.
     let created = room.create(&[dir.to_str().unwrap()]).unwrap();

@@ -112,6 +112,10 @@ impl Stage<'_> {
                 .map(Into::into)
                 .to_vec();
         args.extend(self.options.iter().map(Into::into));
+        // uv takes a directory for unchanged while its pyproject.toml is, and would install what it built before.
+        for package in packages.iter().filter(|p| matches!(p.origin, Origin::Directory { .. })) {
+            args.extend(["--refresh-package".into(), package.name.clone().into()]);
+        }
         args.extend(["--python".into(), root.clone().into(), lock.into()]);
         self.uv.run(args, self.progress)?;
         let after = walk(&root)?;
@@ -122,7 +126,7 @@ impl Stage<'_> {
     fn attribute(
         &self,
         root: &Path,
-        before: &BTreeMap<Vec<u8>, (Found, Option<Digest>)>,
+        before: &Snapshot,
         after: BTreeMap<Vec<u8>, Found>,
         clashing: &mut BTreeSet<String>,
     ) -> Result<HashMap<String, Distribution>> {
@@ -276,8 +280,11 @@ fn walk(root: &Path) -> Result<BTreeMap<Vec<u8>, Found>> {
     Ok(found)
 }
 
+/// What a tree held: path -> what it was, and the digest of a file.
+type Snapshot = BTreeMap<Vec<u8>, (Found, Option<Digest>)>;
+
 /// [`walk`] with the digests of all files.
-fn snapshot(root: &Path) -> Result<BTreeMap<Vec<u8>, (Found, Option<Digest>)>> {
+fn snapshot(root: &Path) -> Result<Snapshot> {
     walk(root)?
         .into_iter()
         .map(|(path, found)| Ok((path.clone(), (found.clone(), digest(root, &path, &found)?))))
@@ -293,7 +300,7 @@ fn digest(root: &Path, path: &[u8], found: &Found) -> Result<Option<Digest>> {
 /// Fails when anything that was there before the installation is not as it was.
 fn check_base(
     root: &Path,
-    before: &BTreeMap<Vec<u8>, (Found, Option<Digest>)>,
+    before: &Snapshot,
     after: &BTreeMap<Vec<u8>, Found>,
     owners: &HashMap<Vec<u8>, Vec<String>>,
 ) -> Result<()> {

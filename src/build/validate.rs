@@ -41,7 +41,8 @@ pub fn check_requirements(layers: &[Arc<LayerDoc>], python: &Interpreter) -> Res
                 Some(VersionOrUrl::VersionSpecifier(specifiers)) => specifiers.clone(),
                 _ => VersionSpecifiers::empty(),
             };
-            let wanted = format!("{}{specifiers}", requirement.name);
+            let listed: Vec<String> = specifiers.iter().map(ToString::to_string).collect();
+            let wanted = format!("{}{}", requirement.name, listed.join(","));
             match installed.get(requirement.name.as_str()) {
                 None => problems.push(format!("The package `{name}` requires `{wanted}`, but it's not installed")),
                 Some(there) => {
