@@ -94,6 +94,32 @@ impl Room {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// Writes a layer below `root` as a mount would show it.
+    fn show(&self, layer: &Digest, root: &Path) {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let catalog = self.store.catalog(layer).unwrap();
+        let pack = catalog.pack().map(|pack| fs::read(self.store.pack_path(pack)).unwrap()).unwrap_or_default();
+        let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(envfabric::store::FILE_MTIME as u64);
+        fs::create_dir_all(root).unwrap();
+        for row in catalog.verify().unwrap() {
+            let path = root.join(String::from_utf8(catalog.path_of(row.id).unwrap()).unwrap());
+            match row.node {
+                Node::Dir { .. } => fs::create_dir_all(path).unwrap(),
+                Node::Symlink { target } => symlink(String::from_utf8(target).unwrap(), path).unwrap(),
+                Node::File { size, executable, digest, place } => {
+                    let bytes = match place {
+                        Place::Blob => self.store.read_blob(&digest).unwrap(),
+                        Place::Pack { offset } => pack[offset as usize..(offset + size) as usize].to_vec(),
+                    };
+                    fs::write(&path, bytes).unwrap();
+                    let mode = if executable { 0o755 } else { 0o644 };
+                    fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+                    fs::File::open(&path).unwrap().set_modified(time).unwrap();
+                }
+            }
+        }
+    }
+
     fn lock_text(&self, version: &Version) -> String {
         String::from_utf8(self.store.read_blob(&version.lock.as_ref().unwrap().blob).unwrap()).unwrap()
     }
@@ -206,19 +232,178 @@ fn a_known_lock_on_a_known_interpreter_starts_no_process() {
 
 #[test]
 fn two_stores_and_staging_places_give_the_same_layers() {
-    let (a, mut b) = (Room::new(), Room::new());
-    let nested = b.path("deeper/and/deeper");
-    fs::create_dir_all(&nested).unwrap();
-    b.dir = tempfile::tempdir_in(std::env::temp_dir()).unwrap();
-    let wanted = ["numpy==1.26.4", "requests==2.31.0", "docopt==0.6.2"];
-    let (one, two) = (a.create(&wanted).unwrap(), b.create(&wanted).unwrap());
-    assert_eq!(one.version.layers, two.version.layers);
-    assert_eq!(one.version.interpreter, two.version.interpreter);
-    assert_eq!(one.version.scaffold, two.version.scaffold);
-    assert_eq!(one.version.lock, two.version.lock);
-    let scaffold = a.paths(&one.version.scaffold);
-    assert!(scaffold.contains(&"bin/activate".to_string()) && scaffold.contains(&"lib64".to_string()));
-    assert!(!scaffold.iter().any(|p| p.contains("python") || p.contains("pyvenv")), "{scaffold:?}");
+    for (minor, wanted) in [
+        ("3.9", vec!["requests==2.31.0", "docopt==0.6.2"]),
+        ("3.11", vec!["numpy==1.26.4", "requests==2.31.0", "docopt==0.6.2"]),
+        ("3.13", vec!["requests==2.31.0", "docopt==0.6.2"]),
+    ] {
+        let (mut a, mut b) = (Room::new(), Room::new());
+        let python = python(minor);
+        if minor != "3.11" && !python.contains('/') {
+            println!("no Python {minor} here");
+            continue;
+        }
+        (a.python, b.python) = (Some(python.clone()), Some(python));
+        b.dir = tempfile::Builder::new().prefix("a-much-longer-name").tempdir().unwrap();
+        let (one, two) = (a.create(&wanted).unwrap(), b.create(&wanted).unwrap());
+        assert_eq!(one.version.layers, two.version.layers, "{minor}");
+        assert_eq!(one.version.interpreter, two.version.interpreter);
+        assert_eq!(one.version.scaffold, two.version.scaffold);
+        assert_eq!(one.version.lock, two.version.lock);
+        let scaffold = a.paths(&one.version.scaffold);
+        assert!(scaffold.contains(&"bin/activate".to_string()) && scaffold.contains(&"lib64".to_string()));
+        assert!(!scaffold.iter().any(|p| p.contains("python") || p.contains("pyvenv")), "{scaffold:?}");
+    }
+}
+
+/// Another machine: its index and its copy of nothing; the interpreter is taken from the store.
+#[test]
+fn another_machine_builds_with_the_interpreter_of_the_store() {
+    let room = Room::new();
+    let first = room.create(&["six==1.16.0"]).unwrap();
+    let state = room.path("other-state");
+    let index = Index::open(&state, &room.store).unwrap();
+    let context = Context { index: &index, state: state.clone(), ..room.context() };
+    let mut request = room.request(wanted(&["requests==2.31.0", "docopt==0.6.2"]));
+    request.python = Some("3.11".into());
+    let second = build::create(&context, &request).unwrap();
+    assert_eq!(second.version.interpreter, first.version.interpreter);
+    assert!(state.join("pythons").join(&second.interpreter.name).join("bin/python3.11").is_file());
+    let other = Room::new();
+    let there = other.create(&["requests==2.31.0", "docopt==0.6.2"]).unwrap();
+    assert_eq!(there.version.layers, second.version.layers, "bytecode does not tell which copy compiled it");
+}
+
+/// What the mount shows, made by hand.
+#[test]
+fn a_view_of_the_layers_runs_and_the_trial_tells_when_it_does_not() {
+    let room = Room::new();
+    let created = room.create(&["requests==2.31.0", "numpy==1.26.4"]).unwrap();
+    let dir = room.path("view/demo/a/.versions/1");
+    room.show(&created.version.interpreter.layer, &dir.join(".python"));
+    for layer in [&created.version.scaffold].into_iter().chain(&created.version.layers) {
+        room.show(layer, &dir.join(".venv"));
+    }
+    std::os::unix::fs::symlink("../../.python/bin/python3.11", dir.join(".venv/bin/python")).unwrap();
+    let home = dir.join(".python/bin");
+    fs::write(dir.join(".venv/pyvenv.cfg"), format!("home = {}\nversion_info = 3.11\n", home.display())).unwrap();
+    let output = build::trial_command(&dir, &created.version).output().unwrap();
+    build::judge_trial(&dir, &created.layers, &output).unwrap();
+    let run = |args: &[&str]| {
+        let output = std::process::Command::new(dir.join(".venv/bin/python")).args(args).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).trim().to_string() + &String::from_utf8_lossy(&output.stderr)
+    };
+    // Imported from the bytecode of the layer, and tracebacks show where the file is now.
+    let site = dir.join(".venv/lib/python3.11/site-packages/requests");
+    let script = "import requests, numpy, requests.api as a; print(a.__cached__, a.get.__code__.co_filename)";
+    let expected = format!("{0}/__pycache__/api.cpython-311.pyc {0}/api.py", site.display());
+    assert_eq!(run(&["-c", script]), expected);
+    let verbose = run(&["-v", "-c", "import requests.api, json"]);
+    for file in ["requests/__pycache__/api", "json/__pycache__/__init__"] {
+        let matches = |l: &&str| l.contains("matches") && l.contains(file);
+        assert!(verbose.lines().any(|l| matches(&l)), "bytecode of {file} is used");
+    }
+    let script = std::process::Command::new(dir.join(".venv/bin/normalizer")).arg("--version").output().unwrap();
+    assert!(script.status.success(), "{}", String::from_utf8_lossy(&script.stderr));
+    fs::remove_dir_all(dir.join(".venv/lib/python3.11/site-packages/idna-3.11.dist-info")).ok();
+    for entry in fs::read_dir(dir.join(".venv/lib/python3.11/site-packages")).unwrap().flatten() {
+        if entry.file_name().to_string_lossy().starts_with("idna-") {
+            fs::remove_dir_all(entry.path()).unwrap();
+        }
+    }
+    let output = build::trial_command(&dir, &created.version).output().unwrap();
+    refused(&build::judge_trial(&dir, &created.layers, &output).unwrap_err(), &["does not show idna"]);
+}
+
+#[test]
+fn the_trial_is_made_once_and_its_failure_publishes_nothing() {
+    let room = Room::new();
+    let asked = std::cell::Cell::new(0);
+    let good = |_: &Version, _: &[std::sync::Arc<LayerDoc>]| {
+        asked.set(asked.get() + 1);
+        Ok(())
+    };
+    let bad = |_: &Version, _: &[std::sync::Arc<LayerDoc>]| Err(Error::new(Kind::Failed, "it does not start"));
+    let context = Context { trial: Some(&bad), ..room.context() };
+    let request = room.request(wanted(&["six==1.16.0"]));
+    refused(&build::create(&context, &request).unwrap_err(), &["it does not start"]);
+    assert!(room.store.environments().unwrap().is_empty());
+    let context = Context { trial: Some(&good), ..room.context() };
+    build::create(&context, &request).unwrap();
+    build::create(&context, &room.request(wanted(&["idna==3.7"]))).unwrap();
+    assert_eq!(asked.get(), 1);
+}
+
+#[test]
+fn urls_repositories_and_namespace_packages() {
+    let room = Room::new();
+    let git = |args: &[&str]| {
+        let dir = room.path("repo");
+        let mut command = std::process::Command::new("git");
+        command.args(["-c", "user.name=t", "-c", "user.email=t@t"]).args(args).current_dir(dir);
+        assert!(command.status().unwrap().success());
+    };
+    fs::create_dir_all(room.path("repo/inrepo")).unwrap();
+    fs::write(room.path("repo/pyproject.toml"), "[project]\nname='inrepo'\nversion='3.0'\ndescription='d'\n[build-system]\nrequires=['flit_core==3.9.0']\nbuild-backend='flit_core.buildapi'\n").unwrap();
+    fs::write(room.path("repo/inrepo/__init__.py"), "").unwrap();
+    git(&["init", "-q"]);
+    git(&["add", "."]);
+    git(&["commit", "-qm", "x"]);
+    let repo = format!("inrepo @ git+file://{}", room.path("repo").display());
+    let one = wheel(room.dir.path(), "ns_one", &[("ns/one/__init__.py", "x = 1\n")]);
+    let two = wheel(room.dir.path(), "ns_two", &[("ns/two/__init__.py", "x = 2\n"), ("ns/caf\u{e9}.txt", "x")]);
+    let url = "https://files.pythonhosted.org/packages/d9/5a/e7c31adbe875f2abbb91bd84cf2dc52d792b5a01506781dbcf25c91daf11/six-1.16.0-py2.py3-none-any.whl";
+    let wanted = [repo.as_str(), one.to_str().unwrap(), two.to_str().unwrap(), &format!("six @ {url}")];
+    let created = room.create(&wanted).unwrap();
+    assert_eq!(names(&created), ["inrepo", "ns-one", "ns-two", "six"]);
+    assert!(created.version.conflicts.is_empty(), "{:?}", created.version.conflicts);
+    let text = room
+        .read(&layer(&created, "inrepo").digest, "lib/python3.11/site-packages/inrepo-3.0.dist-info/direct_url.json");
+    assert!(text.contains("commit_id"), "{text}");
+    assert_eq!(room.create(&wanted).unwrap().installed, 0, "all of them have keys");
+}
+
+/// Not a test of its own: the body of a process that the test below kills.
+#[test]
+fn child_creates() {
+    let Some(dir) = std::env::var_os("ENVFABRIC_TEST_DIR").map(PathBuf::from) else { return };
+    let store = Store::open(&dir.join("store")).unwrap();
+    let index = Index::open(&dir.join("state"), &store).unwrap();
+    let (state, scratch) = (dir.join("state"), dir.join("scratch"));
+    let uv = Uv::new(None);
+    let context =
+        Context { store: &store, index: &index, uv: &uv, state, scratch, progress: &build::Silent, trial: None };
+    let mut request = Request::new("demo/a".parse().unwrap(), wanted(&["requests==2.31.0", "docopt==0.6.2"]));
+    request.python = Some(python("3.11"));
+    build::create(&context, &request).unwrap();
+}
+
+#[test]
+fn a_killed_create_leaves_nothing_visible_and_the_next_one_succeeds() {
+    let room = Room::new();
+    let name = "demo/a".parse().unwrap();
+    let start = || {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "child_creates"]).env("ENVFABRIC_TEST_DIR", room.dir.path());
+        command.stdout(std::process::Stdio::null()).spawn().unwrap()
+    };
+    for wait in [30, 150, 300, 600, 900, 1300, 1700, 2200] {
+        let mut child = start();
+        std::thread::sleep(std::time::Duration::from_millis(wait));
+        if child.try_wait().unwrap().is_some() {
+            break;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        for number in room.store.version_numbers(&name).unwrap() {
+            room.store.version(&name, number).unwrap();
+        }
+    }
+    let mut all: Vec<_> = (0..8).map(|_| start()).collect();
+    assert!(all.iter_mut().all(|child| child.wait().unwrap().success()));
+    assert_eq!(room.store.current(&name).unwrap().layers.len(), 6);
+    assert!(room.store.fsck(&|_, _| ()).unwrap().is_clean());
+    assert_eq!(fs::read_dir(room.path("scratch")).unwrap().count(), 0, "what the killed ones left is removed");
 }
 
 #[test]
@@ -291,7 +476,8 @@ fn an_inconsistent_lock_is_refused_unless_told_otherwise() {
 #[test]
 fn hostile_wheels_are_refused_with_the_reason() {
     let room = Room::new();
-    let cases: [(&str, &[(&str, &str)], &[&str]); 9] = [
+    type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a [&'a str]);
+    let cases: [Case<'_>; 9] = [
         ("dotdot", &[("../../evil.py", "")], &["dotdot-1.0-py3-none-any.whl", ".."]),
         ("absolute", &[("/tmp/evil.py", "")], &["absolute path"]),
         ("backslash", &[("a\\..\\b.py", "")], &["backslash"]),

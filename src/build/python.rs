@@ -47,6 +47,8 @@ impl Wanted {
         }
         let version = ["cpython", "python", "cp"].iter().find_map(|p| lower.strip_prefix(p)).unwrap_or(&lower);
         let version = version.trim_start_matches(['@', '-']);
+        // `.python-version` may hold uv's long form, `cpython-3.11.7-linux-x86_64-gnu`.
+        let version = version.split("-linux").next().unwrap_or(version);
         if version.starts_with(['<', '>', '=', '!', '~']) {
             let specifiers = VersionSpecifiers::from_str(version).map_err(|_| bad())?;
             return Ok(Wanted::Version { specifiers, free_threaded: false, exact: false });
@@ -343,6 +345,7 @@ mod tests {
             ("3.11.7", "3.11.8", false, false),
             ("cpython3.11", "3.11.7", false, true),
             ("cpython@3.11", "3.11.7", false, true),
+            ("cpython-3.11.7-linux-x86_64-gnu", "3.11.7", false, true),
             ("Python3.11", "3.11.7", false, true),
             (">=3.9,<3.12", "3.11.7", false, true),
             (">=3.9, <3.12", "3.12.0", false, false),
