@@ -32,9 +32,33 @@ impl Progress for Events {
     }
 }
 
+/// A store that has the interpreter already; made once, copied with hard links, as nothing in a store ever changes.
+fn template() -> &'static Path {
+    static TEMPLATE: std::sync::OnceLock<TempDir> = std::sync::OnceLock::new();
+    let template = TEMPLATE.get_or_init(|| {
+        let room = Room::empty();
+        build::add_interpreter(&room.context(), &python("3.11")).unwrap();
+        room.dir
+    });
+    template.path()
+}
+
 impl Room {
     fn new() -> Room {
+        let template = template();
         let dir = tempfile::tempdir().unwrap();
+        for (name, flags) in [("store", "-al"), ("state", "-a")] {
+            let copied = std::process::Command::new("cp").arg(flags).arg(template.join(name)).arg(dir.path()).status();
+            assert!(copied.unwrap().success());
+        }
+        Room::in_dir(dir)
+    }
+
+    fn empty() -> Room {
+        Room::in_dir(tempfile::tempdir().unwrap())
+    }
+
+    fn in_dir(dir: TempDir) -> Room {
         let store = Store::init(&dir.path().join("store")).unwrap();
         let index = Index::open(&dir.path().join("state"), &store).unwrap();
         let uv = Uv::new(None);
@@ -237,7 +261,7 @@ fn two_stores_and_staging_places_give_the_same_layers() {
         ("3.11", vec!["numpy==1.26.4", "requests==2.31.0", "docopt==0.6.2"]),
         ("3.13", vec!["requests==2.31.0", "docopt==0.6.2"]),
     ] {
-        let (mut a, mut b) = (Room::new(), Room::new());
+        let (mut a, mut b) = (Room::empty(), Room::empty());
         let python = python(minor);
         if minor != "3.11" && !python.contains('/') {
             println!("no Python {minor} here");
@@ -269,7 +293,7 @@ fn another_machine_builds_with_the_interpreter_of_the_store() {
     let second = build::create(&context, &request).unwrap();
     assert_eq!(second.version.interpreter, first.version.interpreter);
     assert!(state.join("pythons").join(&second.interpreter.name).join("bin/python3.11").is_file());
-    let other = Room::new();
+    let other = Room::empty();
     let there = other.create(&["requests==2.31.0", "docopt==0.6.2"]).unwrap();
     assert_eq!(there.version.layers, second.version.layers, "bytecode does not tell which copy compiled it");
 }
@@ -598,4 +622,35 @@ fn files_that_do_not_compile_are_told_and_shown_without_bytecode() {
     let plain = build::create(&room.context(), &request).unwrap();
     assert!(!room.paths(&plain.version.layers[0]).iter().any(|p| p.ends_with(".pyc")));
     assert_ne!(plain.version.layers, created.version.layers);
+}
+
+/// `cargo test --release --test build timings -- --ignored --nocapture` prints what a larger environment costs.
+#[test]
+#[ignore = "prints figures; takes minutes on a cold cache"]
+fn timings() {
+    let mut room = Room::new();
+    let wanted = ["pandas==2.2.2", "scikit-learn==1.5.0", "jupyterlab==4.2.1", "pyarrow==16.1.0", "matplotlib==3.9.0"];
+    let start = Instant::now();
+    let created = room.create(&wanted).unwrap();
+    let files: u32 = created.layers.iter().map(|l| l.files).sum();
+    println!("{} packages, {files} files, all new: {:?}", created.layers.len(), start.elapsed());
+    println!("conflicts: {:?}", created.version.conflicts);
+    let start = Instant::now();
+    let mut request = room.request(lock_of(&room, &created));
+    request.name = "demo/again".parse().unwrap();
+    room.uv = Uv::new(Some("/nonexistent/uv".into()));
+    build::create(&room.context(), &request).unwrap();
+    println!("known lock, first time in this process: {:?}", start.elapsed());
+    for number in 0..3 {
+        request.name = format!("demo/again{number}").parse().unwrap();
+        let start = Instant::now();
+        build::create(&room.context(), &request).unwrap();
+        println!("known lock: {:?}", start.elapsed());
+    }
+}
+
+fn lock_of(room: &Room, created: &Created) -> Input {
+    let lock = room.path("pylock.toml");
+    fs::write(&lock, room.lock_text(&created.version)).unwrap();
+    Input::Lock(lock)
 }
