@@ -9,8 +9,8 @@ use crate::error::{Error, Kind, Result};
 /// What to do with the search path of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Rule<'a> {
-    /// The prefix that the build was made for; entries at or below it become relative.
-    pub(super) prefix: &'a str,
+    /// Names of the prefix that the build was made for; entries at or below it become relative.
+    pub(super) prefixes: [&'a str; 2],
     /// Way from the file's directory up to the new root: `..` for `bin/python3`.
     pub(super) up: &'a str,
     /// A library that must be found in `<root>/lib`, even if the file names no search path.
@@ -66,11 +66,10 @@ pub(super) fn relocate(bytes: &[u8], rule: &Rule<'_>) -> Result<Option<Vec<u8>>>
 
 /// One entry of a search path, relative to the file where it was below the old prefix.
 fn entry(entry: &str, rule: &Rule<'_>) -> String {
-    match entry.strip_prefix(rule.prefix) {
-        Some(rest) if rest.is_empty() || rest.starts_with('/') => {
-            format!("$ORIGIN/{}{}", rule.up, rest.trim_end_matches('/'))
-        }
-        _ => entry.to_string(),
+    let below = |prefix: &&str| entry.strip_prefix(prefix).filter(|rest| rest.is_empty() || rest.starts_with('/'));
+    match rule.prefixes.iter().find_map(below) {
+        Some(rest) => format!("$ORIGIN/{}{}", rule.up, rest.trim_end_matches('/')),
+        None => entry.to_string(),
     }
 }
 
@@ -108,10 +107,11 @@ mod tests {
 
     #[test]
     fn entries_below_the_prefix_become_relative_and_others_stay() {
-        let rule = Rule { prefix: "/opt/py", up: "../..", library: None };
+        let rule = Rule { prefixes: ["/opt/py", "/link/py"], up: "../..", library: None };
         for (old, new) in [
             ("/opt/py/lib", "$ORIGIN/../../lib"),
             ("/opt/py", "$ORIGIN/../.."),
+            ("/link/py/lib/", "$ORIGIN/../../lib"),
             ("/opt/python/lib", "/opt/python/lib"),
             ("$ORIGIN/x", "$ORIGIN/x"),
         ] {
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn no_bytes_make_it_panic() {
-        let rule = Rule { prefix: "/opt/py", up: "..", library: Some("libpython3.11.so.1.0") };
+        let rule = Rule { prefixes: ["/opt/py", "/opt/py"], up: "..", library: Some("libpython3.11.so.1.0") };
         let own = std::fs::read(std::env::current_exe().unwrap()).unwrap();
         assert!(relocate(b"#!/bin/sh", &rule).unwrap().is_none());
         for cut in [4, 5, 16, 63, 64, 100, 1000, 5000] {

@@ -151,7 +151,7 @@ fn copy(executable: &Path, full: &Full, python: &Interpreter, root: &Path) -> Re
     if !shared_prefix {
         copy_private(full, prefix, root)?;
     }
-    relocate_elf(root, prefix, full.soname.as_deref())?;
+    relocate_elf(root, prefix, full)?;
     relocate_texts(full, python, root, prefix)
 }
 
@@ -215,13 +215,16 @@ fn copy_private(full: &Full, prefix: &Path, root: &Path) -> Result<()> {
     Ok(())
 }
 
-fn relocate_elf(root: &Path, prefix: &Path, libpython: Option<&str>) -> Result<()> {
-    let prefix = prefix.to_string_lossy();
+fn relocate_elf(root: &Path, prefix: &Path, full: &Full) -> Result<()> {
+    // The build may have been told another name of the prefix (through a link), and that is what the files hold.
+    let built = full.libdir.as_deref().and_then(Path::parent);
+    let built = built.filter(|b| b.canonicalize().ok() == prefix.canonicalize().ok()).unwrap_or(prefix);
+    let prefixes = [prefix.to_string_lossy(), built.to_string_lossy()];
     for path in tree::files(root)? {
         let bytes = fs::read(&path).at("reading", &path)?;
         let below = path.strip_prefix(root).unwrap_or(&path);
         let up = vec![".."; below.components().count().saturating_sub(1)].join("/");
-        let rule = Rule { prefix: &prefix, up: &up, library: libpython };
+        let rule = Rule { prefixes: [&prefixes[0], &prefixes[1]], up: &up, library: full.soname.as_deref() };
         let patched = elf::relocate(&bytes, &rule).map_err(|e| e.context(format!("{} failed", below.display())))?;
         if let Some(patched) = patched {
             fs::write(&path, patched).at("writing", &path)?;
@@ -297,6 +300,13 @@ fn prove(original: &Full, python: &Interpreter, root: &Path, script: &Path, stag
     }
     if let Some(path) = probed.mapped.iter().find(|p| hidden.iter().any(|h| p.starts_with(h))) {
         return fail(format!("the copy still uses {}", path.display()));
+    }
+    // A wrong RUNPATH falls through to the host's libpython, where there is one, and mostly works.
+    let foreign = |path: &&PathBuf| {
+        !path.starts_with(root) && path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("libpython"))
+    };
+    if let Some(path) = probed.mapped.iter().find(foreign) {
+        return fail(format!("the copy uses {} of the host", path.display()));
     }
     if let Some((module, why)) = probed.failed.iter().find(|(name, _)| !original.failed.contains_key(*name)) {
         return fail(format!("module {module} of the copy does not import ({why})"));
