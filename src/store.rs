@@ -303,13 +303,18 @@ impl Store {
         Ok(read_json::<KeyDoc>(&path)?.layer)
     }
 
-    /// The interpreters of the store, newest version first.
+    /// The interpreters of the store, newest version first. One whose document is damaged is left out with a warning:
+    /// it must not keep the others from being used.
     pub fn interpreters(&self) -> Result<Vec<StoredInterpreter>> {
         let dir = self.root.join("interpreters");
         let mut found = Vec::new();
         for name in list_names(&dir)? {
-            if name.ends_with(".json") {
-                found.push(read_json::<StoredInterpreter>(&dir.join(&name))?);
+            if !name.ends_with(".json") {
+                continue;
+            }
+            match read_json::<StoredInterpreter>(&dir.join(&name)) {
+                Ok(interpreter) => found.push(interpreter),
+                Err(error) => tracing::warn!(error = error.chain(), "an interpreter of the store is left out"),
             }
         }
         found.sort_by_key(|i: &StoredInterpreter| std::cmp::Reverse((version_key(&i.python.version), i.name.clone())));

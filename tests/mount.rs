@@ -185,6 +185,19 @@ fn every_directory_knows_itself_its_parent_and_its_subdirectories() {
 }
 
 #[test]
+fn a_name_that_is_too_long_is_told_as_every_file_system_does() {
+    needs_mounts!();
+    let fixture = Fixture::new();
+    fixture.publish("demo/a", fixture.packages());
+    let mounted = served(&fixture, "m");
+    let root = mounted.mount_point();
+    for dir in [root.to_path_buf(), root.join("demo"), root.join("demo/a/.venv/lib")] {
+        let error = |length: usize| fs::metadata(dir.join("x".repeat(length))).unwrap_err().raw_os_error();
+        assert_eq!((error(255), error(256)), (Some(libc::ENOENT), Some(libc::ENAMETOOLONG)));
+    }
+}
+
+#[test]
 fn every_write_is_answered_with_a_read_only_file_system() {
     needs_mounts!();
     let fixture = Fixture::new();

@@ -29,6 +29,8 @@ const LASTING: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const MOVING: Duration = Duration::from_millis(500);
 /// A name that is not there outside a version may be published any moment.
 const NEVER: Duration = Duration::ZERO;
+/// The longest name, in bytes; what `statfs` tells, too.
+const NAME_MAX: usize = 255;
 
 /// A mounted tree.
 #[derive(Debug)]
@@ -159,6 +161,10 @@ impl Filesystem for Adapter {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        // FUSE itself passes on up to 1,024 bytes; programs expect what every other file system says.
+        if name.len() > NAME_MAX {
+            return reply.error(Errno::ENAMETOOLONG);
+        }
         self.note_asked(parent);
         match self.ask(|tree| tree.lookup(ino(parent), name.as_bytes())) {
             Ok(Some(attr)) => reply.entry(&ttl(attr.lasting), &self.file_attr(&attr), Generation(0)),
@@ -307,7 +313,7 @@ impl Filesystem for Adapter {
                 stat.files(),
                 stat.files_free(),
                 stat.block_size() as u32,
-                255,
+                NAME_MAX as u32,
                 stat.fragment_size() as u32,
             ),
             Err(errno) => reply.error(Errno::from_i32(errno as i32)),

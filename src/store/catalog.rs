@@ -144,6 +144,8 @@ impl Catalog {
         db.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true).map_err(damaged)?;
         db.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false).map_err(damaged)?;
         db.set_prepared_statement_cache_capacity(8);
+        // A mount keeps hundreds open; what SQLite does not keep, the page cache does.
+        db.pragma_update(None, "cache_size", -256).map_err(damaged)?;
         let text = |key: &str| -> Result<Option<String>> {
             db.query_row("SELECT CAST(value AS TEXT) FROM meta WHERE key = ?1", [key], |r| r.get(0))
                 .optional()

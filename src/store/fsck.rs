@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::layer_writer::{PACK_MAGIC, hash_file};
-use super::{Node, Place, Store, list_names};
+use super::{Node, Place, Store, StoredInterpreter, list_names, read_json};
 use crate::environment::{Digest, EnvName};
 use crate::error::{IoContext, Kind, Result};
 
@@ -202,18 +202,19 @@ impl Store {
                 }
             }
         }
-        match self.interpreters() {
-            Ok(interpreters) => {
-                for interpreter in interpreters {
+        let interpreters = self.root.join("interpreters");
+        for name in list_names(&interpreters)? {
+            let object = format!("interpreters/{name}");
+            match read_json::<StoredInterpreter>(&interpreters.join(&name)) {
+                Ok(interpreter) => {
                     for layer in [interpreter.layer, interpreter.scaffold] {
                         if !layers.contains_key(&layer) {
-                            let object = format!("interpreters/{}.json", interpreter.name);
-                            report.findings.push(error(object, format!("layer {layer} is not there")));
+                            report.findings.push(error(object.clone(), format!("layer {layer} is not there")));
                         }
                     }
                 }
+                Err(e) => report.findings.push(error(object, e.chain())),
             }
-            Err(e) => report.findings.push(error("interpreters".into(), e.chain())),
         }
         Ok(())
     }

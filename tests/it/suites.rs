@@ -38,7 +38,7 @@ fn numpys_and_pandas_own_tests_have_the_same_outcome_as_in_an_ordinary_venv() {
     quiet(&["venv", "--quiet", "--python", &python, venv.to_str().unwrap()]);
     quiet(&["pip", "sync", "--quiet", "--python", venv.to_str().unwrap(), lock.to_str().unwrap()]);
 
-    let sides = [("mount", mount.venv("suites/a")), ("venv", venv)];
+    let sides = [("mount", mount.venv("suites/a")), ("plain", venv)];
     let outcomes: Vec<_> = std::thread::scope(|scope| {
         let running: Vec<_> =
             sides.iter().map(|(side, venv)| scope.spawn(|| outcomes(&reference, side, venv))).collect();
