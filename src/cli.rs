@@ -28,6 +28,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::build::{self, Progress, Uv};
 use crate::error::{Error, Kind, Result};
 use crate::store::{Index, Store};
 use output::Output;
@@ -74,7 +75,7 @@ struct Global {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Init(init::Init),
-    Create(create::Create),
+    Create(Box<create::Create>),
     Mount(mount::Mount),
     Umount(mount::Umount),
     Run(run::Run),
@@ -108,6 +109,25 @@ impl Context {
     /// Opens the store, or makes it when it is the default one of a user who has configured nothing.
     fn store_or_default(&self) -> Result<Store> {
         if self.settings.store_is_default { Store::init(&self.settings.store) } else { self.store() }
+    }
+
+    /// What a build works with; without a trial of the result.
+    fn builds<'a>(
+        &self,
+        store: &'a Store,
+        index: &'a Index,
+        uv: &'a Uv,
+        progress: &'a dyn Progress,
+    ) -> build::Context<'a> {
+        build::Context {
+            store,
+            index,
+            uv,
+            state: self.settings.state.clone(),
+            scratch: self.settings.scratch.clone(),
+            progress,
+            trial: None,
+        }
     }
 
     /// This machine's index of `store`.

@@ -4,6 +4,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[macro_use]
 mod common;
 
 use std::fs;
@@ -19,15 +20,6 @@ use envfabric::store::{Index, Store};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use signal_hook::consts::{SIGINT, SIGTERM};
-
-macro_rules! needs_mounts {
-    () => {
-        if let Some(reason) = no_mounts_because() {
-            eprintln!("skipped: {reason}");
-            return;
-        }
-    };
-}
 
 /// Serves a mount when told to by the environment; otherwise no test.
 #[test]

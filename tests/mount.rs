@@ -2,6 +2,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[macro_use]
 mod common;
 
 use std::collections::BTreeMap;
@@ -13,15 +14,6 @@ use std::process::Command;
 use common::*;
 use envfabric::error::{Error, Kind};
 use envfabric::mount::{Mounted, Options, mount, mounts, trial, umount};
-
-macro_rules! needs_mounts {
-    () => {
-        if let Some(reason) = no_mounts_because() {
-            eprintln!("skipped: {reason}");
-            return;
-        }
-    };
-}
 
 /// Unmounts lazily whatever is at the path, so that no failed test leaves a mount.
 struct Bound(PathBuf);

@@ -8,7 +8,6 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::Context;
-use super::interrupt;
 use super::output::bytes;
 use super::progress::Shown;
 use super::spec::name;
@@ -97,29 +96,15 @@ impl Create {
         let store = context.store_or_default()?;
         let index = Arc::new(context.index(&store)?);
         let uv = Uv::new(context.settings.config.uv.clone());
-        let shown = Arc::new(Shown::new(&context.out));
-        interrupt::exit_on_signal({
-            let shown = shown.clone();
-            move || shown.clear()
-        })?;
+        let shown = Shown::interruptible(&context.out)?;
         let trial = |draft: &Version, layers: &[Arc<LayerDoc>]| {
             mount::trial(&store, index.clone(), draft, |dir| {
                 let output = build::trial_command(dir, draft).output().at("starting the interpreter in", dir)?;
                 build::judge_trial(dir, layers, &output)
             })
         };
-        let created = build::create(
-            &build::Context {
-                store: &store,
-                index: &index,
-                uv: &uv,
-                state: context.settings.state.clone(),
-                scratch: context.settings.scratch.clone(),
-                progress: &*shown,
-                trial: Some(&trial),
-            },
-            &self.request(context),
-        );
+        let building = context.builds(&store, &index, &uv, &*shown);
+        let created = build::create(&build::Context { trial: Some(&trial), ..building }, &self.request(context));
         shown.clear();
         let created = created?;
 

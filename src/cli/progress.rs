@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
+use super::interrupt;
 use super::output::Output;
 use crate::build::{Event, PackageState, Progress, Step};
+use crate::error::Result;
 
 /// Progress on standard error.
 pub(crate) struct Shown {
@@ -35,7 +37,7 @@ struct State {
 }
 
 impl Shown {
-    pub(crate) fn new(out: &Output) -> Shown {
+    fn new(out: &Output) -> Shown {
         let mode = match (out.quiet, out.terminal) {
             (true, _) => Mode::Quiet,
             (false, true) => Mode::Bars(MultiProgress::new()),
@@ -50,6 +52,14 @@ impl Shown {
             told_compiled: 0,
         };
         Shown { mode, state: Mutex::new(state) }
+    }
+
+    /// Shown progress of work that Ctrl-C ends: the bars are taken away first.
+    pub(crate) fn interruptible(out: &Output) -> Result<Arc<Shown>> {
+        let shown = Arc::new(Shown::new(out));
+        let bars = shown.clone();
+        interrupt::exit_on_signal(move || bars.clear())?;
+        Ok(shown)
     }
 
     /// Takes all bars away.
@@ -113,7 +123,7 @@ fn lines(state: &mut State, event: &Event<'_>) {
         },
         // A line for each tenth is enough to see that it goes on.
         Event::Compiled { done, total } => {
-            let tenth = if total == 0 { 10 } else { done * 10 / total };
+            let tenth = (done * 10).checked_div(total).unwrap_or(10);
             if tenth > state.told_compiled {
                 state.told_compiled = tenth;
                 say(format_args!("compiled {done}/{total} files"));

@@ -1,10 +1,8 @@
 //! `envfabric python`
 
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use super::Context;
-use super::interrupt;
 use super::output::{table, time};
 use super::progress::Shown;
 use crate::build::{self, Uv};
@@ -50,20 +48,8 @@ impl Python {
             Python::Add { python } => {
                 let index = context.index(&store)?;
                 let uv = Uv::new(context.settings.config.uv.clone());
-                let shown = Arc::new(Shown::new(&context.out));
-                interrupt::exit_on_signal({
-                    let shown = shown.clone();
-                    move || shown.clear()
-                })?;
-                let build = build::Context {
-                    store: &store,
-                    index: &index,
-                    uv: &uv,
-                    state: context.settings.state.clone(),
-                    scratch: context.settings.scratch.clone(),
-                    progress: &*shown,
-                    trial: None,
-                };
+                let shown = Shown::interruptible(&context.out)?;
+                let build = context.builds(&store, &index, &uv, &*shown);
                 let added = build::add_interpreter(&build, python);
                 shown.clear();
                 let added = added?;

@@ -1,6 +1,6 @@
 //! A synthetic store: a shell script for a Python, a scaffold, and layers of whatever a test wants.
 
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(dead_code, unused_macros, missing_docs, unreachable_pub)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::path::{Path, PathBuf};
@@ -10,6 +10,16 @@ use std::time::{Duration, Instant};
 use envfabric::environment::{Builder, Digest, Document, EnvName, InterpreterRef, Source, VERSION_FORMAT, Version};
 use envfabric::store::{Index, LayerKind, LayerMeta, LayerWriter, Staged, StagedKind, Store, now};
 use tempfile::TempDir;
+
+/// Ends a test that cannot run here, and says why.
+macro_rules! needs_mounts {
+    () => {
+        if let Some(reason) = no_mounts_because() {
+            eprintln!("skipped: {reason}");
+            return;
+        }
+    };
+}
 
 pub const SITE: &str = "lib/python3.11/site-packages";
 
