@@ -30,6 +30,7 @@ mod layer;
 mod layer_writer;
 mod publish;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -42,6 +43,8 @@ pub use fsck::{Finding, FsckReport, Severity};
 pub use index::Index;
 pub use layer::{Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requirement, SMALL_FILE_MAX};
 pub use layer_writer::{LayerWriter, Staged, StagedKind};
+
+use publish::Trust;
 
 use crate::environment::{Digest, Interpreter};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -191,6 +194,17 @@ impl Store {
         &self.fabric
     }
 
+    /// Fails when the store is not there any more: then nothing that is missing was removed by anybody.
+    fn require_present(&self) -> Result<()> {
+        match fs::File::open(self.root.join("fabric.json")) {
+            Err(source) if source.kind() == std::io::ErrorKind::NotFound => {
+                Err(Error::new(Kind::Failed, format!("the store at {} is gone", self.root.display()))
+                    .hint("is its file system mounted?"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Fails when the store has features that a writer must know and this program does not.
     pub fn require_writable(&self) -> Result<()> {
         if self.writable {
@@ -240,15 +254,27 @@ impl Store {
     pub fn ensure_blob(&self, bytes: &[u8]) -> Result<Digest> {
         self.require_writable()?;
         let digest = Digest::of(bytes);
-        publish::ensure_bytes(&self.root, &self.blob_path(&digest), bytes)?;
+        publish::ensure_bytes(&self.root, &self.blob_path(&digest), bytes, &digest, Trust::Length)?;
         Ok(digest)
     }
 
-    /// Makes sure that the file `source` is there as a blob. `digest` must be its sha256: the copy is hashed while it
-    /// is made, and a difference is an error.
-    pub fn ensure_blob_file(&self, source: &Path, digest: &Digest) -> Result<()> {
-        self.require_writable()?;
-        publish::ensure_file(&self.root, &self.blob_path(digest), source, digest)
+    /// True when catalog, pack and blobs of a layer are there and no shorter than they should be.
+    fn has_objects_of(&self, doc: &LayerDoc) -> bool {
+        let Ok(catalog) = self.catalog(&doc.digest) else { return false };
+        let Ok(rows) = catalog.all() else { return false };
+        let (mut pack_end, mut blobs) = (0, BTreeMap::new());
+        for row in rows {
+            match row.node {
+                Node::File { size, place: Place::Pack { offset }, .. } => pack_end = pack_end.max(offset + size),
+                Node::File { size, digest, place: Place::Blob, .. } => {
+                    blobs.insert(digest, size);
+                }
+                _ => {}
+            }
+        }
+        let length = |path: PathBuf| fs::File::open(path).and_then(|f| f.metadata()).map(|m| m.len()).ok();
+        doc.pack.is_none_or(|pack| length(self.pack_path(&pack)).is_some_and(|n| n == pack_end))
+            && blobs.iter().all(|(blob, size)| length(self.blob_path(blob)) == Some(*size))
     }
 
     /// The bytes of a blob that is known to be small (a lock, a document), verified.
@@ -297,10 +323,11 @@ impl Store {
     pub fn publish_key(&self, key: &Digest, layer: &Digest) -> Result<Digest> {
         self.require_writable()?;
         let path = self.key_path(key);
-        if publish::bytes(&self.root, &path, &to_json(&KeyDoc { layer: *layer })?)? {
-            return Ok(*layer);
-        }
-        Ok(read_json::<KeyDoc>(&path)?.layer)
+        let doc = to_json(&KeyDoc { layer: *layer })?;
+        // A key that is damaged or whose layer is gone stands for nothing, and is replaced.
+        let there = || self.layer_of_key(key).ok().flatten().filter(|layer| self.layer(layer).is_ok());
+        publish::bytes_or_repair(&self.root, &path, &doc, || there().is_some())?;
+        Ok(there().unwrap_or(*layer))
     }
 
     /// The interpreters of the store, newest version first. One whose document is damaged is left out with a warning:

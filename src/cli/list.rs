@@ -20,11 +20,11 @@ pub(crate) struct List {
 #[derive(Serialize)]
 struct Line {
     environment: EnvName,
-    version: u64,
-    python: String,
-    packages: usize,
-    bytes: u64,
-    created: jiff::Timestamp,
+    version: Option<u64>,
+    python: Option<String>,
+    packages: Option<usize>,
+    bytes: Option<u64>,
+    created: Option<jiff::Timestamp>,
     /// Why it cannot be read.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
@@ -37,29 +37,32 @@ impl List {
         let prefix = self.prefix.as_deref().unwrap_or_default();
         let mut lines = Vec::new();
         for (name, pointer) in store.environments()? {
-            let Some(number) = pointer.version.filter(|_| name.to_string().starts_with(prefix)) else { continue };
-            let told = store.version(&name, number).and_then(|version| {
+            if !name.to_string().starts_with(prefix) {
+                continue;
+            }
+            let told = pointer.and_then(|pointer| {
+                let version = store.version(&name, pointer.version.unwrap_or_default())?;
                 let layers = index.layers(&store, &version.layers)?;
                 Ok((version, layers.iter().map(|l| l.bytes).sum()))
             });
             lines.push(match told {
                 Ok((version, bytes)) => Line {
                     environment: name,
-                    version: number,
-                    python: version.interpreter.version,
-                    packages: version.layers.len(),
-                    bytes,
-                    created: version.created,
+                    version: Some(version.number),
+                    python: Some(version.interpreter.version),
+                    packages: Some(version.layers.len()),
+                    bytes: Some(bytes),
+                    created: Some(version.created),
                     error: None,
                 },
                 // One damaged environment does not hide the others.
                 Err(error) => Line {
                     environment: name,
-                    version: number,
-                    python: "?".into(),
-                    packages: 0,
-                    bytes: 0,
-                    created: pointer.at,
+                    version: None,
+                    python: None,
+                    packages: None,
+                    bytes: None,
+                    created: None,
                     error: Some(error.chain()),
                 },
             });
@@ -69,14 +72,14 @@ impl List {
                 return writeln!(w, "no environments{}", if prefix.is_empty() { "" } else { " with that prefix" });
             }
             let rows = lines.iter().map(|line| {
-                let size = if line.error.is_some() { "damaged".into() } else { bytes(line.bytes) };
+                let or_damaged = |text: Option<String>| text.unwrap_or_else(|| "?".into());
                 vec![
                     line.environment.to_string(),
-                    line.version.to_string(),
-                    line.python.clone(),
-                    line.packages.to_string(),
-                    size,
-                    time(line.created),
+                    or_damaged(line.version.map(|v| v.to_string())),
+                    or_damaged(line.python.clone()),
+                    or_damaged(line.packages.map(|n| n.to_string())),
+                    line.bytes.map_or("damaged".into(), bytes),
+                    or_damaged(line.created.map(time)),
                 ]
             });
             let header = ["ENVIRONMENT", "VERSION", "PYTHON", "PACKAGES", "SIZE", "CREATED"];

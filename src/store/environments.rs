@@ -68,6 +68,9 @@ impl Store {
     /// Every workflow that ever had an environment, sorted.
     pub fn workflows(&self) -> Result<Vec<String>> {
         let mut names = list_names(&self.root.join("envs"))?;
+        if names.is_empty() {
+            self.require_present()?;
+        }
         names.retain(|name| EnvName::is_part(name));
         Ok(names)
     }
@@ -78,18 +81,24 @@ impl Store {
             return Ok(Vec::new());
         }
         let mut names = list_names(&self.root.join("envs").join(workflow))?;
+        if names.is_empty() {
+            self.require_present()?;
+        }
         names.retain(|name| EnvName::is_part(name));
         Ok(names)
     }
 
-    /// Every environment that has a current version, with its pointer, sorted.
-    pub fn environments(&self) -> Result<Vec<(EnvName, Pointer)>> {
+    /// Every environment that has a current version, with its pointer, sorted. A pointer that cannot be read is told in
+    /// its place: it must not hide the others.
+    pub fn environments(&self) -> Result<Vec<(EnvName, Result<Pointer>)>> {
         let mut found = Vec::new();
         for workflow in self.workflows()? {
             for node in self.nodes(&workflow)? {
                 let name = EnvName::new(&workflow, &node)?;
-                if let Some(pointer) = self.pointer(&name)?.filter(|p| p.version.is_some()) {
-                    found.push((name, pointer));
+                match self.pointer(&name) {
+                    Ok(Some(pointer)) if pointer.version.is_some() => found.push((name, Ok(pointer))),
+                    Ok(_) => {}
+                    Err(error) => found.push((name, Err(error))),
                 }
             }
         }
@@ -135,15 +144,22 @@ impl Store {
     }
 
     /// The pointer in force, if the name was ever used.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] when the newest pointer is damaged: an older one is not taken instead, as it may have been
+    /// withdrawn. `create` and `rollback` write a new one over it.
     pub fn pointer(&self, name: &EnvName) -> Result<Option<Pointer>> {
         let dir = self.env_dir(name).join("current");
         let mut tries = 0;
         loop {
-            let Some(mut sequence) = numbers(&dir)?.last().copied() else { return Ok(None) };
+            let Some(mut sequence) = numbers(&dir)?.last().copied() else {
+                self.require_present()?;
+                return Ok(None);
+            };
             // A cached listing may be old; the next name is asked for directly, which NFS does not answer from it.
-            let mut pointer = read_json::<Pointer>(&self.pointer_path(name, sequence));
+            let mut pointer = self.read_pointer(name, sequence);
             while pointer.is_ok() {
-                match read_json::<Pointer>(&self.pointer_path(name, sequence + 1)) {
+                match self.read_pointer(name, sequence + 1) {
                     Err(error) if error.is_not_found() => break,
                     next => pointer = next,
                 }
@@ -154,6 +170,34 @@ impl Store {
                 Err(error) if error.is_not_found() && tries < 3 => tries += 1,
                 other => return other.map(Some),
             }
+        }
+    }
+
+    fn read_pointer(&self, name: &EnvName, sequence: u64) -> Result<Pointer> {
+        let path = self.pointer_path(name, sequence);
+        let pointer: Pointer = read_json(&path)?;
+        let wrong = |kind, what: &str| Err(Error::new(kind, format!("pointer {} {what}", path.display())));
+        if pointer.format > 1 {
+            return wrong(Kind::Unsupported, "is of a newer format").map_err(|e| e.hint("upgrade envfabric"));
+        }
+        if pointer.sequence != sequence || pointer.version.is_some_and(|v| v > pointer.newest || v == 0) {
+            return wrong(Kind::Corrupt, "contradicts itself").map_err(|e| {
+                e.hint(format!("name the version that should be current: `envfabric rollback {name} N`"))
+            });
+        }
+        Ok(pointer)
+    }
+
+    /// The highest sequence number in use, and the newest pointer that can be read.
+    fn last_pointer(&self, name: &EnvName) -> Result<(u64, Option<Pointer>)> {
+        let sequences = numbers(&self.env_dir(name).join("current"))?;
+        match self.pointer(name) {
+            Ok(pointer) => Ok((pointer.as_ref().map_or(0, |p| p.sequence), pointer)),
+            Err(error) if error.kind() == Kind::Corrupt => {
+                let older = sequences.iter().rev().find_map(|sequence| self.read_pointer(name, *sequence).ok());
+                Ok((sequences.last().copied().unwrap_or(0), older))
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -174,7 +218,7 @@ impl Store {
         self.require_writable()?;
         let name = draft.environment.clone();
         draft.nonce = publish::nonce()?;
-        let newest = self.pointer(&name)?.map_or(0, |p| p.newest);
+        let newest = self.last_pointer(&name)?.1.map_or(0, |p| p.newest);
         let mut number = self.version_numbers(&name)?.last().copied().unwrap_or(0).max(newest) + 1;
         loop {
             draft.number = number;
@@ -211,7 +255,7 @@ impl Store {
         self.require_writable()?;
         let nonce = publish::nonce()?;
         loop {
-            let now_current = self.pointer(name)?;
+            let (last, now_current) = self.last_pointer(name)?;
             let newest = now_current.as_ref().map_or(0, |p| p.newest);
             let leave = match reason {
                 "create" => version.is_some_and(|number| number <= newest),
@@ -223,7 +267,7 @@ impl Store {
             }
             let pointer = Pointer {
                 format: 1,
-                sequence: now_current.map_or(0, |p| p.sequence) + 1,
+                sequence: last + 1,
                 version,
                 newest: newest.max(version.unwrap_or(0)),
                 at: now(),
@@ -244,10 +288,16 @@ fn no_environment(name: &EnvName) -> Error {
         .hint(format!("see `envfabric list`, or make it with `envfabric create {name} ...`"))
 }
 
-/// The numbers `n` of files `<n>.json`, ascending.
+/// The highest number of a version or pointer: far beyond use, and exact in JSON.
+const NUMBER_MAX: u64 = 1 << 53;
+
+/// The numbers `n` of files `<n>.json`, ascending. Other names and other spellings of a number are not ours.
 fn numbers(dir: &std::path::Path) -> Result<Vec<u64>> {
-    let names = list_names(dir)?;
-    let mut numbers: Vec<u64> = names.iter().filter_map(|n| n.strip_suffix(".json")?.parse().ok()).collect();
+    let number = |name: &String| {
+        let stem = name.strip_suffix(".json")?;
+        stem.parse().ok().filter(|n: &u64| n.to_string() == stem && (1..NUMBER_MAX).contains(n))
+    };
+    let mut numbers: Vec<u64> = list_names(dir)?.iter().filter_map(number).collect();
     numbers.sort_unstable();
     Ok(numbers)
 }
@@ -336,6 +386,57 @@ pub(crate) mod tests {
         numbers.sort_unstable();
         assert_eq!(numbers, (1..=80).collect::<Vec<u64>>());
         assert_eq!(store.current(&"w/n".parse().unwrap()).unwrap().number, 80);
+    }
+
+    #[test]
+    fn a_damaged_pointer_is_told_hides_nothing_else_and_is_written_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(dir.path()).unwrap();
+        let name: EnvName = "demo/a".parse().unwrap();
+        for name in ["demo/a", "demo/a", "demo/b"] {
+            store.publish_version(draft(name)).unwrap();
+        }
+        let path = store.pointer_path(&name, 2);
+        let third = store.pointer_path(&name, 3);
+        let good = std::fs::read(&path).unwrap();
+        for (damaged, bytes) in [(&path, b"{".to_vec()), (&third, good)] {
+            std::fs::write(dir.path().join("x"), bytes).unwrap();
+            let _ = std::fs::remove_file(damaged);
+            std::fs::rename(dir.path().join("x"), damaged).unwrap();
+            assert_eq!(store.current(&name).unwrap_err().kind(), Kind::Corrupt);
+            let all = store.environments().unwrap();
+            assert_eq!(all.iter().map(|(_, p)| p.is_ok()).collect::<Vec<_>>(), [false, true]);
+        }
+        store.rollback(&name, 1).unwrap();
+        assert_eq!(store.current(&name).unwrap().number, 1);
+        assert_eq!(store.publish_version(draft("demo/a")).unwrap().version().number, 3);
+        assert_eq!(store.current(&name).unwrap().number, 3);
+        // Names that only look like numbers are not ours.
+        for odd in ["007.json", "+9.json", "18446744073709551615.json", "0.json"] {
+            std::fs::write(store.env_dir(&name).join("current").join(odd), "{}").unwrap();
+            std::fs::write(store.env_dir(&name).join("versions").join(odd), "{}").unwrap();
+        }
+        assert_eq!(store.current(&name).unwrap().number, 3);
+        assert_eq!(store.version_numbers(&name).unwrap(), [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_store_that_is_gone_is_an_error_and_not_an_empty_store() {
+        let dir = tempfile::tempdir().unwrap();
+        let (at, aside) = (dir.path().join("store"), dir.path().join("aside"));
+        let store = Store::init(&at).unwrap();
+        let name: EnvName = "demo/a".parse().unwrap();
+        store.publish_version(draft("demo/a")).unwrap();
+        std::fs::rename(&at, &aside).unwrap();
+        std::fs::create_dir(&at).unwrap(); // as an unmounted NAS looks
+        for error in [
+            store.workflows().unwrap_err(),
+            store.nodes("demo").unwrap_err(),
+            store.pointer(&name).unwrap_err(),
+            store.environments().unwrap_err(),
+        ] {
+            assert!(error.to_string().contains("is gone") && !error.is_not_found(), "{error:?}");
+        }
     }
 
     #[test]

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::layer_writer::{PACK_MAGIC, hash_file};
+use super::layer_writer::PACK_MAGIC;
+use super::publish::hash_file;
 use super::{Node, Place, Store, StoredInterpreter, list_names, read_json};
 use crate::environment::{Digest, EnvName};
 use crate::error::{IoContext, Kind, Result};
@@ -57,10 +58,8 @@ impl FsckReport {
     }
 }
 
-/// What one layer needs and whether it is whole.
-struct LayerState {
-    problems: Vec<(String, String)>,
-}
+/// What is wrong with a layer: objects and problems.
+type LayerState = Vec<(String, String)>;
 
 impl Store {
     /// Checks the whole store. `progress` is told `(done, total)` objects, from several threads.
@@ -133,19 +132,21 @@ impl Store {
                 }
             }
         }
+        // A layer without a document was never finished, or has lost it: whoever names it will be told so.
         let states: BTreeMap<Digest, LayerState> =
-            digests.into_par_iter().map(|digest| (digest, self.check_layer(&digest, objects))).collect();
+            digests.into_par_iter().filter_map(|digest| Some((digest, self.check_layer(&digest, objects)?))).collect();
         report.layers = states.len();
         Ok(states)
     }
 
-    fn check_layer(&self, digest: &Digest, objects: &BTreeMap<(&'static str, Digest), u64>) -> LayerState {
+    /// None when there is no document.
+    fn check_layer(&self, digest: &Digest, objects: &BTreeMap<(&'static str, Digest), u64>) -> Option<LayerState> {
         let mut problems = Vec::new();
         let doc_path = self.relative(&self.layer_path(digest));
         let doc = match self.layer(digest) {
             Ok(doc) => doc,
-            Err(error) if error.is_not_found() => return LayerState { problems }, // never finished; harmless
-            Err(error) => return LayerState { problems: vec![(doc_path, error.chain())] },
+            Err(error) if error.is_not_found() => return None,
+            Err(error) => return Some(vec![(doc_path, error.chain())]),
         };
         let catalog_path = self.relative(&self.catalog_path(digest));
         match self.catalog(digest).and_then(|c| c.verify().map(|rows| (c.pack().copied(), rows))) {
@@ -180,7 +181,7 @@ impl Store {
                 }
             }
         }
-        LayerState { problems }
+        Some(problems)
     }
 
     fn check_keys_and_interpreters(
@@ -197,7 +198,8 @@ impl Store {
                 };
                 match self.layer_of_key(&key) {
                     Ok(Some(layer)) if layers.contains_key(&layer) => {}
-                    Ok(_) => report.findings.push(error(object, "stands for a layer that is not there".into())),
+                    // Nothing needs it: the next build of that package makes the layer anew.
+                    Ok(_) => report.findings.push(note(object, "stands for a layer that is not there".into())),
                     Err(e) => report.findings.push(error(object, e.chain())),
                 }
             }
@@ -263,7 +265,7 @@ impl Store {
                                 problems.entry(missing).or_default().push(object.clone());
                             }
                             Some(state) => {
-                                for problem in &state.problems {
+                                for problem in state {
                                     problems.entry(problem.clone()).or_default().push(object.clone());
                                 }
                             }
@@ -280,7 +282,7 @@ impl Store {
             }
         }
         // Layers that no version needs are checked too.
-        for problem in layers.values().flat_map(|s| &s.problems) {
+        for problem in layers.values().flatten() {
             problems.entry(problem.clone()).or_default();
         }
         for ((object, problem), mut affects) in problems {

@@ -32,19 +32,21 @@ impl Index {
     pub fn open(dir: &Path, store: &Store) -> Result<Index> {
         fs::create_dir_all(dir).at("creating", dir)?;
         let path = dir.join(format!("index-{}.sqlite", store.fabric().id));
+        let unusable = |source: rusqlite::Error| {
+            Error::new(Kind::Failed, format!("the index {} cannot be opened", path.display()))
+                .hint("check that its directory is writable and on a local disk with free space")
+                .with_source(source)
+        };
         let db = match open(&path) {
             Ok(db) => db,
-            Err(first) => {
-                tracing::warn!(path = %path.display(), error = %first, "the index is unusable and is begun anew");
+            Err(error) if is_damage(&error) => {
+                tracing::warn!(path = %path.display(), %error, "the index is damaged and is begun anew");
                 for suffix in ["", "-wal", "-shm"] {
                     let _ = fs::remove_file(format!("{}{suffix}", path.display()));
                 }
-                open(&path).map_err(|source| {
-                    Error::new(Kind::Failed, format!("the index {} cannot be opened", path.display()))
-                        .hint("check that the directory is writable and on a local disk")
-                        .with_source(source)
-                })?
+                open(&path).map_err(unusable)?
             }
+            Err(error) => return Err(unusable(error)),
         };
         Ok(Index { db: Mutex::new(db), layers: Mutex::default(), path })
     }
@@ -125,9 +127,13 @@ impl Index {
         };
         let Some(layer) = layer else { return Ok(None) };
         // What the index repeats may have gone from the store since.
-        if fs::File::open(store.layer_path(&layer)).is_err() {
-            self.db().execute("DELETE FROM key WHERE key = ?1", [key.as_bytes()])?;
-            return Ok(None);
+        let path = store.layer_path(&layer);
+        match fs::File::open(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                self.db().execute("DELETE FROM key WHERE key = ?1", [key.as_bytes()])?;
+                return Ok(None);
+            }
+            other => other.map(|_| ()).at("opening", &path)?,
         }
         if known.is_none() {
             self.db().execute("INSERT OR REPLACE INTO key VALUES (?1, ?2)", (key.as_bytes(), layer.as_bytes()))?;
@@ -149,23 +155,30 @@ impl Index {
     }
 }
 
+/// True when the file is at fault, and not the disk, its mode or another process.
+fn is_damage(error: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
+}
+
 fn open(path: &Path) -> Result<Connection, rusqlite::Error> {
     let db = Connection::open(path)?;
     db.busy_timeout(Duration::from_secs(30))?;
     db.pragma_update(None, "journal_mode", "WAL")?;
     db.pragma_update(None, "synchronous", "NORMAL")?;
+    // Looked at inside the transaction: of two that begin at once, the second finds the first one's tables.
+    db.execute_batch("BEGIN IMMEDIATE")?;
     let format: i64 = db.pragma_query_value(None, "user_version", |r| r.get(0))?;
     if format != INDEX_FORMAT {
         db.execute_batch(
-            "BEGIN IMMEDIATE;
-             DROP TABLE IF EXISTS layer; DROP TABLE IF EXISTS key; DROP TABLE IF EXISTS note;
+            "DROP TABLE IF EXISTS layer; DROP TABLE IF EXISTS key; DROP TABLE IF EXISTS note;
              CREATE TABLE layer (digest BLOB PRIMARY KEY, doc TEXT NOT NULL) WITHOUT ROWID;
              CREATE TABLE key (key BLOB PRIMARY KEY, layer BLOB NOT NULL) WITHOUT ROWID;
-             CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-             PRAGMA user_version = 1;
-             COMMIT;",
+             CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;",
         )?;
+        db.pragma_update(None, "user_version", INDEX_FORMAT)?;
     }
+    db.execute_batch("COMMIT")?;
     db.query_row("SELECT count(*) FROM note WHERE name = ''", [], |_| Ok(()))?;
     Ok(db)
 }

@@ -2,16 +2,17 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::{self, File};
-use std::io::{BufWriter, Read, Write};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
 
 use rayon::prelude::*;
 use rusqlite::{Connection, MAIN_DB};
 
 use super::catalog::{CATALOG_FORMAT, Node, Place, SCHEMA, is_component};
 use super::layer::{Canon, LayerDoc, LayerMeta, SMALL_FILE_MAX};
-use super::{Store, publish, to_json};
+use super::publish::{self, Trust, hash_file};
+use super::{Store, to_json};
 use crate::environment::{Digest, Hasher};
 use crate::error::{Error, IoContext, Kind, Result};
 
@@ -57,6 +58,7 @@ pub enum StagedKind {
 #[derive(Debug, Clone, Copy)]
 pub struct LayerWriter<'a> {
     store: &'a Store,
+    trust: Trust,
 }
 
 /// A file with its digest, before it has a place.
@@ -74,13 +76,18 @@ struct Prepared {
 impl<'a> LayerWriter<'a> {
     /// A writer into `store`.
     pub fn new(store: &'a Store) -> Self {
-        LayerWriter { store }
+        LayerWriter { store, trust: Trust::Length }
+    }
+
+    /// A writer that reads and hashes what is there already instead of trusting its length, and repairs it.
+    pub fn repairing(store: &'a Store) -> Self {
+        LayerWriter { store, trust: Trust::Nothing }
     }
 
     /// Makes sure that the layer with these files is in the store and returns its document.
     ///
     /// The same files give the same digest on every machine; times, owners and the order of `staged` do not count. If
-    /// the layer is there already, nothing is written and the document that is there is returned.
+    /// the layer is there already, what is missing or cut short of it is written again, else nothing.
     ///
     /// # Errors
     /// [`Kind::Invalid`] for a path with `..`, an empty or over-long component, or two things at one path.
@@ -97,10 +104,11 @@ impl<'a> LayerWriter<'a> {
             canon.row(path, &row.node);
         }
         let digest = canon.finish();
-        match self.store.layer(&digest) {
-            Ok(doc) => return Ok(doc),
-            Err(error) if error.is_not_found() => {}
-            Err(error) => return Err(error),
+        if self.trust == Trust::Length
+            && let Ok(doc) = self.store.layer(&digest)
+            && self.store.has_objects_of(&doc)
+        {
+            return Ok(doc);
         }
 
         let blobs = self.write_blobs(&rows)?;
@@ -108,7 +116,10 @@ impl<'a> LayerWriter<'a> {
         let catalog = catalog_bytes(&digest, pack.as_ref(), &rows)?;
         let path = self.store.catalog_path(&digest);
         // Another SQLite version may have written other bytes with the same rows: either will do.
-        publish::bytes(self.store.root(), &path, &catalog)?;
+        publish::bytes_or_repair(self.store.root(), &path, &catalog, || {
+            let there = self.store.catalog(&digest);
+            there.is_ok_and(|c| c.pack() == pack.as_ref() && (self.trust == Trust::Length || c.verify().is_ok()))
+        })?;
 
         let files = rows.iter().filter(|(_, r)| matches!(r.node, Node::File { .. })).count() as u32;
         let bytes = rows.iter().map(|(_, r)| if let Node::File { size, .. } = r.node { size } else { 0 }).sum();
@@ -124,7 +135,8 @@ impl<'a> LayerWriter<'a> {
             blobs,
         };
         let path = self.store.layer_path(&digest);
-        if publish::bytes(self.store.root(), &path, &to_json(&doc)?)? { Ok(doc) } else { self.store.layer(&digest) }
+        publish::bytes_or_repair(self.store.root(), &path, &to_json(&doc)?, || self.store.layer(&digest).is_ok())?;
+        self.store.layer(&digest)
     }
 
     fn write_blobs(&self, rows: &[(Vec<u8>, Prepared)]) -> Result<Vec<Digest>> {
@@ -132,9 +144,15 @@ impl<'a> LayerWriter<'a> {
             .par_iter()
             .filter_map(|(_, row)| match (&row.node, &row.content) {
                 (Node::File { digest, .. }, Some(Content::Large(source))) => {
-                    Some(self.store.ensure_blob_file(source, digest).map(|()| *digest))
+                    let target = self.store.blob_path(digest);
+                    let done = publish::ensure_file(self.store.root(), &target, source, digest, self.trust);
+                    Some(done.map(|()| *digest))
                 }
-                (Node::File { .. }, Some(Content::LargeBytes(bytes))) => Some(self.store.ensure_blob(bytes)),
+                (Node::File { digest, .. }, Some(Content::LargeBytes(bytes))) => {
+                    let target = self.store.blob_path(digest);
+                    let done = publish::ensure_bytes(self.store.root(), &target, bytes, digest, self.trust);
+                    Some(done.map(|()| *digest))
+                }
                 _ => None,
             })
             .collect::<Result<BTreeSet<Digest>>>()?;
@@ -149,7 +167,7 @@ impl<'a> LayerWriter<'a> {
         let mut temporary = publish::Temporary::create(self.store.root())?;
         let tmp_path = temporary.path().to_path_buf();
         let mut hasher = Hasher::default();
-        let mut at = 0u64;
+        let mut at = 0u64; // length so far
         let mut seen: HashMap<Digest, u64> = HashMap::new();
         {
             let mut out = BufWriter::with_capacity(1 << 20, temporary.file());
@@ -178,7 +196,8 @@ impl<'a> LayerWriter<'a> {
             out.flush().at("writing", &tmp_path)?;
         }
         let digest = hasher.finish();
-        temporary.link(&self.store.pack_path(&digest))?;
+        let target = self.store.pack_path(&digest);
+        temporary.link_or_repair(&target, || publish::is_sound(&target, at, &digest, self.trust))?;
         Ok(Some(digest))
     }
 }
@@ -259,23 +278,6 @@ fn prepare(path: &[u8], kind: StagedKind) -> Result<Prepared> {
             }
         }
     })
-}
-
-/// Length and sha256 of a file.
-pub(super) fn hash_file(path: &Path) -> Result<(u64, Digest)> {
-    let mut file = File::open(path).at("opening", path)?;
-    let mut hasher = Hasher::default();
-    let mut buffer = vec![0u8; 1 << 20];
-    let mut size = 0;
-    loop {
-        match file.read(&mut buffer).at("reading", path)? {
-            0 => return Ok((size, hasher.finish())),
-            n => {
-                hasher.update(&buffer[..n]);
-                size += n as u64;
-            }
-        }
-    }
 }
 
 /// Index of the parent of each row; rows are sorted, the root first.
@@ -436,6 +438,42 @@ mod tests {
             fs::write(&path, &bytes[..keep]).unwrap();
             let error = store.catalog(&doc.digest).unwrap_err();
             assert_eq!(error.kind(), Kind::Corrupt, "{keep}: {error:?}");
+        }
+    }
+
+    #[test]
+    fn writing_a_layer_again_brings_back_what_was_lost_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(dir.path()).unwrap();
+        let large = StagedKind::Bytes { content: vec![3; SMALL_FILE_MAX as usize + 1], executable: false };
+        let files = || vec![text("a.py", "a"), Staged { path: b"big".into(), kind: large.clone() }];
+        let doc = LayerWriter::new(&store).write(meta("x"), files()).unwrap();
+        let pack = store.pack_path(&doc.pack.unwrap());
+        let blob = store.blob_path(&doc.blobs[0]);
+        let catalog = store.catalog_path(&doc.digest);
+        let all = [pack, blob, catalog, store.layer_path(&doc.digest)];
+        let is_whole = || store.fsck(&|_, _| {}).unwrap().is_clean() && all.iter().all(|p| p.exists());
+        for path in &all {
+            let bytes = fs::read(path).unwrap();
+            fs::remove_file(path).unwrap();
+            assert!(!is_whole());
+            assert_eq!(LayerWriter::new(&store).write(meta("x"), files()).unwrap(), doc);
+            assert!(is_whole(), "{} was not brought back", path.display());
+            fs::remove_file(path).unwrap();
+            fs::write(path, &bytes[..bytes.len() - 1]).unwrap();
+            assert_eq!(LayerWriter::new(&store).write(meta("x"), files()).unwrap(), doc);
+            assert!(is_whole(), "{} was not completed", path.display());
+        }
+        // Damage that keeps the length is found by a writer that is told to look.
+        for path in &all[..2] {
+            let mut bytes = fs::read(path).unwrap();
+            let last = bytes.len() - 1;
+            bytes[last] ^= 1;
+            fs::remove_file(path).unwrap();
+            fs::write(path, bytes).unwrap();
+            assert!(!is_whole());
+            LayerWriter::repairing(&store).write(meta("x"), files()).unwrap();
+            assert!(is_whole(), "{} was not repaired", path.display());
         }
     }
 

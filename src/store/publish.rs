@@ -66,7 +66,7 @@ impl Temporary {
 
     /// Makes the bytes durable and the file read-only, then links it to `target`.
     /// False when `target` exists already as another file.
-    pub(super) fn link(self, target: &Path) -> Result<bool> {
+    pub(super) fn link(&self, target: &Path) -> Result<bool> {
         self.file.set_permissions(fs::Permissions::from_mode(0o444)).at("setting the mode of", &self.path)?;
         self.file.sync_all().at("syncing", &self.path)?;
         let parent = target.parent().unwrap_or(Path::new("/"));
@@ -78,10 +78,7 @@ impl Temporary {
                     return Ok(true);
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotFound && !made_parent => {
-                    fs::create_dir_all(parent).at("creating", parent)?;
-                    if let Some(grandparent) = parent.parent() {
-                        sync_dir(grandparent)?;
-                    }
+                    make_dirs(parent)?;
                     made_parent = true;
                 }
                 Err(error) => break error,
@@ -95,6 +92,17 @@ impl Temporary {
             }
         }
         Err(Error::io("publishing", target, error))
+    }
+
+    /// Links it to `target`, the name of something content-addressed. When the name is taken by what is not `sound`,
+    /// that is replaced: the right bytes are known, so nothing can be lost, and who has it open keeps what was there.
+    pub(super) fn link_or_repair(&self, target: &Path, sound: impl FnOnce() -> bool) -> Result<()> {
+        if self.link(target)? || sound() {
+            return Ok(());
+        }
+        tracing::warn!(object = %target.display(), "a damaged object is replaced by a sound one");
+        fs::rename(&self.path, target).at("replacing", target)?;
+        sync_dir(target.parent().unwrap_or(Path::new("/")))
     }
 }
 
@@ -113,63 +121,89 @@ fn sync_dir(dir: &Path) -> Result<()> {
     }
 }
 
+/// Makes `dir` and what is missing above it, durably.
+fn make_dirs(dir: &Path) -> Result<()> {
+    let missing: Vec<&Path> = dir.ancestors().take_while(|d| !d.exists()).collect();
+    fs::create_dir_all(dir).at("creating", dir)?;
+    missing.iter().filter_map(|made| made.parent()).try_for_each(sync_dir)
+}
+
 /// Publishes `bytes` as `target`; false when something else has that name already.
 pub(super) fn bytes(root: &Path, target: &Path, bytes: &[u8]) -> Result<bool> {
+    written(root, bytes)?.link(target)
+}
+
+/// Publishes `bytes` as `target`, also over something there that is not `sound`.
+pub(super) fn bytes_or_repair(root: &Path, target: &Path, bytes: &[u8], sound: impl FnOnce() -> bool) -> Result<()> {
+    written(root, bytes)?.link_or_repair(target, sound)
+}
+
+fn written(root: &Path, bytes: &[u8]) -> Result<Temporary> {
     let mut temporary = Temporary::create(root)?;
     let path = temporary.path.clone();
     temporary.file().write_all(bytes).at("writing", &path)?;
-    temporary.link(target)
+    Ok(temporary)
 }
 
-/// Makes sure that content-addressed `bytes` are there as `target`.
-pub(super) fn ensure_bytes(root: &Path, target: &Path, content: &[u8]) -> Result<()> {
-    if has_size(target, content.len() as u64) {
-        return Ok(());
-    }
-    bytes(root, target, content)?;
-    check_size(target, content.len() as u64)
+/// How much to believe of an object that is there already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Trust {
+    /// That it is what its name says, if it has the right length.
+    Length,
+    /// Nothing: it is read and hashed.
+    Nothing,
+}
+
+/// True when the object at `path` may stay: it has `size` bytes, and the right ones as far as `trust` asks.
+pub(super) fn is_sound(path: &Path, size: u64, digest: &Digest, trust: Trust) -> bool {
+    // The open is what revalidates on NFS; the size is asked of the handle.
+    let has_size = File::open(path).and_then(|f| f.metadata()).is_ok_and(|m| m.len() == size);
+    has_size && (trust == Trust::Length || hash_file(path).is_ok_and(|(_, found)| found == *digest))
+}
+
+/// Makes sure that content-addressed `content` is there as `target`.
+pub(super) fn ensure_bytes(root: &Path, target: &Path, content: &[u8], digest: &Digest, trust: Trust) -> Result<()> {
+    let sound = || is_sound(target, content.len() as u64, digest, trust);
+    if sound() { Ok(()) } else { bytes_or_repair(root, target, content, sound) }
 }
 
 /// Makes sure that a content-addressed copy of `source` is there as `target`.
-pub(super) fn ensure_file(root: &Path, target: &Path, source: &Path, digest: &Digest) -> Result<()> {
+pub(super) fn ensure_file(root: &Path, target: &Path, source: &Path, digest: &Digest, trust: Trust) -> Result<()> {
     let mut input = File::open(source).at("opening", source)?;
     let size = input.metadata().at("reading", source)?.len();
-    if has_size(target, size) {
+    let sound = || is_sound(target, size, digest, trust);
+    if sound() {
         return Ok(());
     }
     let mut temporary = Temporary::create(root)?;
-    let mut hasher = Hasher::default();
-    let mut buffer = vec![0u8; 1 << 20];
-    let mut copied = 0;
-    loop {
-        let n = input.read(&mut buffer).at("reading", source)?;
-        if n == 0 {
-            break;
-        }
-        hasher.update(&buffer[..n]);
-        let path = temporary.path.clone();
-        temporary.file().write_all(&buffer[..n]).at("writing", &path)?;
-        copied += n as u64;
-    }
-    if hasher.finish() != *digest {
+    let path = temporary.path.clone();
+    let (_, copied) = copy_hashing(&mut input, source, |bytes| temporary.file().write_all(bytes).at("writing", &path))?;
+    if copied != *digest {
         return Err(Error::new(Kind::Failed, format!("{} changed while it was read", source.display()))
             .hint("run the command again"));
     }
-    temporary.link(target)?;
-    check_size(target, copied)
+    temporary.link_or_repair(target, sound)
 }
 
-/// The open is what revalidates on NFS; the size is asked of the handle.
-fn has_size(path: &Path, size: u64) -> bool {
-    File::open(path).and_then(|f| f.metadata()).is_ok_and(|m| m.len() == size)
+/// Length and sha256 of a file.
+pub(super) fn hash_file(path: &Path) -> Result<(u64, Digest)> {
+    copy_hashing(&mut File::open(path).at("opening", path)?, path, |_| Ok(()))
 }
 
-fn check_size(path: &Path, size: u64) -> Result<()> {
-    if has_size(path, size) {
-        return Ok(());
+/// Hands everything in `input` (the file at `path`) to `take`, piece by piece; returns its length and sha256.
+fn copy_hashing(input: &mut File, path: &Path, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<(u64, Digest)> {
+    let mut hasher = Hasher::default();
+    let mut buffer = vec![0u8; 1 << 20];
+    let mut size = 0;
+    loop {
+        let n = input.read(&mut buffer).at("reading", path)?;
+        if n == 0 {
+            return Ok((size, hasher.finish()));
+        }
+        hasher.update(&buffer[..n]);
+        take(&buffer[..n])?;
+        size += n as u64;
     }
-    Err(Error::new(Kind::Corrupt, format!("{} is there with a wrong length", path.display()))
-        .hint("run `envfabric fsck`; move the damaged object away and run the command again"))
 }
 
 #[cfg(test)]
@@ -193,7 +227,27 @@ mod tests {
         fs::write(&source, b"changed").unwrap();
         let digest = Digest::of(b"as it was");
         let target = root.path().join("blobs/x");
-        assert!(ensure_file(root.path(), &target, &source, &digest).is_err());
+        assert!(ensure_file(root.path(), &target, &source, &digest, Trust::Length).is_err());
         assert!(!target.exists());
+    }
+
+    #[test]
+    fn a_damaged_object_is_replaced_by_the_bytes_of_its_name() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("blobs/x");
+        let (content, digest) = (b"content".as_slice(), Digest::of(b"content"));
+        let ensure = |trust| ensure_bytes(root.path(), &target, content, &digest, trust).unwrap();
+        ensure(Trust::Length);
+        let damage = |bytes: &[u8]| {
+            fs::remove_file(&target).unwrap();
+            fs::write(&target, bytes).unwrap();
+        };
+        damage(b"cut");
+        ensure(Trust::Length);
+        assert_eq!(fs::read(&target).unwrap(), content);
+        damage(b"c0ntent");
+        ensure(Trust::Nothing);
+        assert_eq!(fs::read(&target).unwrap(), content);
+        assert_eq!(fs::read_dir(root.path().join("tmp")).unwrap().count(), 0);
     }
 }
