@@ -56,7 +56,7 @@ pub struct Cli {
 #[derive(Debug, Args)]
 struct Global {
     /// Store directory [default: $XDG_DATA_HOME/envfabric/store]
-    #[arg(long, value_name = "DIR", env = "ENVFABRIC_STORE", global = true, hide_env_values = true)]
+    #[arg(long, value_name = "DIR", env = "ENVFABRIC_STORE", global = true, hide_env_values = true, value_parser = spec::path)]
     store: Option<std::path::PathBuf>,
     /// Config file [default: $XDG_CONFIG_HOME/envfabric/config.toml, then /etc/envfabric/config.toml]
     #[arg(long, value_name = "FILE", env = "ENVFABRIC_CONFIG", global = true, hide_env_values = true)]
@@ -97,16 +97,24 @@ enum Verb {
 /// What every verb works with.
 pub(crate) struct Context {
     settings: Settings,
+    /// The config file that was named, for processes that this one starts.
+    config: Option<std::path::PathBuf>,
+    verbose: u8,
     out: Output,
 }
 
 impl Context {
     /// Opens the store that the settings name.
     fn store(&self) -> Result<Store> {
-        Store::open(&self.settings.store)
+        Store::open(&self.settings.store).map_err(|error| {
+            match error.is_not_found() && self.settings.store_is_default {
+                true => error.hint("the first `envfabric create` makes it; or name another with --store"),
+                false => error,
+            }
+        })
     }
 
-    /// Opens the store, or makes it when it is the default one of a user who has configured nothing.
+    /// Opens the store to build into; makes it when it is the default one of a user who has configured nothing.
     fn store_or_default(&self) -> Result<Store> {
         if self.settings.store_is_default { Store::init(&self.settings.store) } else { self.store() }
     }
@@ -118,21 +126,19 @@ impl Context {
         index: &'a Index,
         uv: &'a Uv,
         progress: &'a dyn Progress,
-    ) -> build::Context<'a> {
-        build::Context {
-            store,
-            index,
-            uv,
-            state: self.settings.state.clone(),
-            scratch: self.settings.scratch.clone(),
-            progress,
-            trial: None,
-        }
+    ) -> Result<build::Context<'a>> {
+        let state = self.settings.state()?.to_path_buf();
+        let scratch = self.settings.scratch.clone();
+        Ok(build::Context { store, index, uv, state, scratch, progress, trial: None })
     }
 
-    /// This machine's index of `store`.
+    /// This machine's index of `store`; for a service user without a home, one in memory.
     fn index(&self, store: &Store) -> Result<Index> {
-        Index::open(&self.settings.state, store)
+        let opened = self.settings.state().and_then(|state| Index::open(state, store));
+        opened.or_else(|error| {
+            tracing::info!(error = error.chain(), "the index is kept in memory");
+            Index::in_memory()
+        })
     }
 }
 
@@ -141,11 +147,7 @@ pub fn main() -> ExitCode {
     let command = Cli::command();
     let cli = match command.try_get_matches().and_then(|m| Cli::from_arg_matches(&m)) {
         Ok(cli) => cli,
-        Err(error) => {
-            // clap tells `--help` and `--version` this way too; a closed pipe is no failure.
-            let _ = error.print();
-            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
-        }
+        Err(error) => return told_by_clap(&error),
     };
     let out = Output::new(cli.global.json, cli.global.quiet);
     match run(cli, out) {
@@ -158,6 +160,20 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// `--help` and `--version`, or wrong usage.
+fn told_by_clap(error: &clap::Error) -> ExitCode {
+    if error.use_stderr() && std::env::args_os().any(|arg| arg == "--json") {
+        let text = error.render().to_string();
+        let mut parts = text.trim_start_matches("error: ").splitn(2, '\n');
+        let told = Error::new(Kind::Usage, parts.next().unwrap_or_default());
+        Output::new(true, false).error(&told.detail(parts.next().unwrap_or_default().trim()));
+    } else {
+        // A closed pipe is no failure.
+        let _ = error.print();
+    }
+    ExitCode::from(if error.use_stderr() { 2 } else { 0 })
+}
+
 fn run(cli: Cli, out: Output) -> Result<ExitCode> {
     start_log(cli.global.verbose)?;
     match cli.verb {
@@ -166,8 +182,9 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
         Verb::Man(verb) => return verb.run(Cli::command()),
         _ => {}
     }
-    let settings = Settings::load(cli.global.store, cli.global.config.as_deref())?;
-    let context = Context { settings, out };
+    let store = cli.global.store.filter(|path| !path.as_os_str().is_empty());
+    let settings = Settings::load(store, cli.global.config.as_deref())?;
+    let context = Context { settings, config: cli.global.config, verbose: cli.global.verbose, out };
     match cli.verb {
         Verb::Init(verb) => verb.run(&context),
         Verb::Create(verb) => verb.run(&context),
@@ -203,6 +220,8 @@ fn start_log(verbose: u8) -> Result<()> {
         })?,
         Err(_) => tracing_subscriber::EnvFilter::new(default),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    log.with_target(false).with_ansi(terminal).init();
     Ok(())
 }

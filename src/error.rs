@@ -200,12 +200,6 @@ impl std::error::Error for Error {
     }
 }
 
-impl From<rusqlite::Error> for Error {
-    fn from(source: rusqlite::Error) -> Self {
-        Error::new(Kind::Corrupt, "a SQLite database cannot be read").with_source(source)
-    }
-}
-
 /// Adds what was being done, to which path, to an [`io::Error`].
 pub trait IoContext<T> {
     /// `what` is a participle: `reading`, `creating`.

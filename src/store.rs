@@ -128,6 +128,17 @@ impl Store {
             return Err(Error::new(Kind::Invalid, format!("{} is not empty: it has {foreign:?}", root.display()))
                 .hint("name an empty or missing directory for the store"));
         }
+        // A store without its description is no empty directory: a new one would claim what another program wrote.
+        for room in ROOM_NAMES.iter().filter(|room| **room != "tmp") {
+            if list_names(&root.join(room))?.is_empty() {
+                continue;
+            }
+            return Err(Error::new(
+                Kind::Corrupt,
+                format!("{} is a store that has lost its fabric.json", root.display()),
+            )
+            .hint("restore fabric.json from a backup; nothing else in the store is affected"));
+        }
         for room in ROOM_NAMES {
             fs::create_dir_all(root.join(room)).at("creating", root.join(room))?;
         }
@@ -390,15 +401,28 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     })
 }
 
-/// Names in a directory; none when it does not exist.
+/// Names in a directory; none when it does not exist, or is something else that somebody has put there.
 fn list_names(dir: &Path) -> Result<Vec<String>> {
+    list(dir, |_| true)
+}
+
+/// Those of [`list_names`] that are directories.
+fn list_dirs(dir: &Path) -> Result<Vec<String>> {
+    list(dir, |entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+}
+
+fn list(dir: &Path, keep: impl Fn(&fs::DirEntry) -> bool) -> Result<Vec<String>> {
+    use std::io::ErrorKind::{NotADirectory, NotFound};
     let entries = match fs::read_dir(dir) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if matches!(error.kind(), NotFound | NotADirectory) => return Ok(Vec::new()),
         other => other.at("reading", dir)?,
     };
     let mut names = Vec::new();
     for entry in entries {
-        if let Ok(name) = entry.at("reading", dir)?.file_name().into_string() {
+        let entry = entry.at("reading", dir)?;
+        if keep(&entry)
+            && let Ok(name) = entry.file_name().into_string()
+        {
             names.push(name);
         }
     }

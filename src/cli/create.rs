@@ -103,7 +103,7 @@ impl Create {
                 build::judge_trial(dir, layers, &output)
             })
         };
-        let building = context.builds(&store, &index, &uv, &*shown);
+        let building = context.builds(&store, &index, &uv, &*shown)?;
         let created = build::create(&build::Context { trial: Some(&trial), ..building }, &self.request(context));
         shown.clear();
         let created = created?;
@@ -150,7 +150,7 @@ impl Create {
                 version.number
             ),
         });
-        if !mount::mounts()?.iter().any(|m| m.mount_point == context.settings.mount) && !context.out.json {
+        if super::run::mount_of(&store, &context.settings.mount)?.is_none() && !context.out.json {
             context.out.say(format_args!("not mounted yet: envfabric mount, or envfabric run {name} -- python"));
         }
         context.out.result(&done, |w| writeln!(w, "{}", done.path))?;

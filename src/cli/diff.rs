@@ -48,7 +48,7 @@ struct Difference {
 
 impl Diff {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
-        let store = context.store_or_default()?;
+        let store = context.store()?;
         let index = context.index(&store)?;
         let (a, b) = (self.a.resolve(&store)?, self.b.resolve(&store)?);
         let (pa, pb) = (packages(&store, &index, &a)?, packages(&store, &index, &b)?);

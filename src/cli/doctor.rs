@@ -74,11 +74,17 @@ impl Doctor {
                 checks.push(Check::new("store", State::Note, found));
                 None
             }
-            result => {
-                let opened = result.and_then(|s| writable(s.root()).map(|()| s));
-                let found = opened.as_ref().ok().cloned();
-                checks.push(Check::of("store", opened, |s| describe(&s)));
-                found
+            Ok(store) => {
+                checks.push(match writable(store.root()) {
+                    Ok(()) => Check::new("store", State::Ok, describe(&store)),
+                    Err(error) => Check::new("store", State::Note, format!("{}, not writable", describe(&store)))
+                        .hint(format!("this machine can mount it, but not build into it: {}", error.chain())),
+                });
+                Some(store)
+            }
+            Err(error) => {
+                checks.push(Check::of("store", Err::<(), _>(error), |()| String::new()));
+                None
             }
         };
         if let Some(store) = &store {
@@ -124,6 +130,9 @@ fn kernel() -> Check {
 fn fuse() -> Check {
     match fs::OpenOptions::new().read(true).write(true).open("/dev/fuse") {
         Ok(_) => Check::new("fuse", State::Ok, "/dev/fuse can be opened"),
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            Check::new("fuse", State::Bad, format!("/dev/fuse: {error}")).hint("as root: chmod 666 /dev/fuse")
+        }
         Err(error) => Check::new("fuse", State::Bad, format!("/dev/fuse: {error}"))
             .hint("load it with `modprobe fuse`; in a container run with --device /dev/fuse --cap-add SYS_ADMIN"),
     }
@@ -176,18 +185,18 @@ fn scratch(dir: &Path) -> Check {
 }
 
 fn mounted(at: &Path, store: Option<&Store>) -> Check {
-    match mount::mounts() {
-        Ok(mounts) => match mounts.into_iter().find(|m| m.mount_point == at) {
-            Some(found) if store.is_some_and(|s| s.root() == found.store) => {
-                Check::new("mount", State::Ok, format!("{}", at.display()))
-            }
-            Some(found) => {
-                let found = format!("{} shows another store, {}", at.display(), found.store.display());
-                Check::new("mount", State::Note, found)
-            }
-            None => Check::new("mount", State::Note, format!("{} is not mounted", at.display()))
-                .hint("`envfabric mount`; `run` and `shell` do it by themselves"),
-        },
+    if std::fs::metadata(at).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN)) {
+        return Check::new(
+            "mount",
+            State::Bad,
+            format!("{} is dead: the process that served it is gone", at.display()),
+        )
+        .hint(format!("envfabric umount {0}; envfabric mount {0}", at.display()));
+    }
+    match store.map(|store| super::run::mount_of(store, at)).transpose() {
+        Ok(Some(Some(found))) => Check::new("mount", State::Ok, found.display().to_string()),
+        Ok(_) => Check::new("mount", State::Note, format!("{} is not mounted", at.display()))
+            .hint("`envfabric mount`; `run` and `shell` do it by themselves"),
         Err(error) => Check::new("mount", State::Bad, error.chain()),
     }
 }

@@ -15,7 +15,7 @@ pub(crate) struct Fsck {}
 
 impl Fsck {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
-        let store = context.store_or_default()?;
+        let store = context.store()?;
         let bar = if context.out.terminal && !context.out.quiet { ProgressBar::new(0) } else { ProgressBar::hidden() };
         if let Ok(style) = ProgressStyle::with_template("checking {bar:30} {pos}/{len} objects {eta}") {
             bar.set_style(style);

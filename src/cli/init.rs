@@ -19,7 +19,7 @@ impl Init {
         let dir = self.dir.as_ref().unwrap_or(&context.settings.store);
         let existed = dir.join("fabric.json").exists();
         let store = Store::init(dir)?;
-        let value = serde_json::json!({ "store": store.root(), "existed": existed, "fabric": store.fabric() });
+        let value = serde_json::json!({ "store": store.root().to_string_lossy(), "existed": existed, "fabric": store.fabric() });
         context.out.result(&value, |w| {
             let what = if existed { "there is a store at" } else { "made a store at" };
             writeln!(w, "{what} {}", store.root().display())

@@ -17,7 +17,7 @@ pub(super) fn exit_on_signal(clean_up: impl FnOnce() + Send + 'static) -> Result
     thread::spawn(move || {
         if signals.forever().next().is_some() {
             clean_up();
-            eprintln!("interrupted; nothing was published");
+            eprintln!("interrupted");
             process::exit(i32::from(Kind::Interrupted.exit_code()));
         }
     });

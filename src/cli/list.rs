@@ -8,6 +8,7 @@ use super::Context;
 use super::output::{bytes, table, time};
 use crate::environment::EnvName;
 use crate::error::Result;
+use crate::store::Store;
 
 /// List environments
 #[derive(Debug, clap::Args)]
@@ -32,9 +33,19 @@ struct Line {
 
 impl List {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
-        let store = context.store_or_default()?;
-        let index = context.index(&store)?;
         let prefix = self.prefix.as_deref().unwrap_or_default();
+        let lines = match context.store() {
+            Ok(store) => self.lines(context, &store, prefix)?,
+            // A new user has nothing yet, and that is no failure.
+            Err(error) if error.is_not_found() && context.settings.store_is_default => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        self.print(context, &lines, prefix)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn lines(&self, context: &Context, store: &Store, prefix: &str) -> Result<Vec<Line>> {
+        let index = context.index(store)?;
         let mut lines = Vec::new();
         for (name, pointer) in store.environments()? {
             if !name.to_string().starts_with(prefix) {
@@ -42,7 +53,7 @@ impl List {
             }
             let told = pointer.and_then(|pointer| {
                 let version = store.version(&name, pointer.version.unwrap_or_default())?;
-                let layers = index.layers(&store, &version.layers)?;
+                let layers = index.layers(store, &version.layers)?;
                 Ok((version, layers.iter().map(|l| l.bytes).sum()))
             });
             lines.push(match told {
@@ -67,6 +78,10 @@ impl List {
                 },
             });
         }
+        Ok(lines)
+    }
+
+    fn print(&self, context: &Context, lines: &[Line], prefix: &str) -> Result<()> {
         context.out.result(&lines, |w| {
             if lines.is_empty() {
                 return writeln!(w, "no environments{}", if prefix.is_empty() { "" } else { " with that prefix" });
@@ -85,7 +100,7 @@ impl List {
             let header = ["ENVIRONMENT", "VERSION", "PYTHON", "PACKAGES", "SIZE", "CREATED"];
             write!(w, "{}", table(&header, rows.collect(), &[1, 3, 4]))
         })?;
-        for line in &lines {
+        for line in lines {
             if let Some(error) = &line.error {
                 context.out.say(format_args!("warning: {}: {error}", line.environment));
             }
@@ -93,6 +108,6 @@ impl List {
         if lines.is_empty() && prefix.is_empty() {
             context.out.say("make one: envfabric create demo/hello requests");
         }
-        Ok(ExitCode::SUCCESS)
+        Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! `envfabric mount` and `envfabric umount`
 
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -60,14 +61,16 @@ impl Mount {
             }
         }
         flags.extend(self.threads.map(|n| format!("--threads={n}")));
-        let log = start_daemon(context, &dir, &flags)?;
-        let value = serde_json::json!({ "mount": dir, "store": context.settings.store, "log": log });
+        let Some(log) = start_daemon(context, &dir, &flags)? else {
+            return Err(Error::new(Kind::Busy, format!("{} is mounted already, with this store", dir.display())));
+        };
+        let value = serde_json::json!({ "mount": dir.to_string_lossy(), "store": context.settings.store.to_string_lossy(), "log": log.to_string_lossy() });
         context.out.result(&value, |w| writeln!(w, "mounted at {}", dir.display()))?;
         Ok(ExitCode::SUCCESS)
     }
 
     fn serve(&self, context: &Context, dir: &Path, ready: impl FnOnce()) -> Result<ExitCode> {
-        let store = context.store_or_default()?;
+        let store = context.store()?;
         let index = Arc::new(context.index(&store)?);
         let signals = Signals::new([SIGINT, SIGTERM]).at("waiting for", "signals")?;
         let mut options = Options::at(dir);
@@ -100,7 +103,7 @@ impl Mount {
             Err(error) => {
                 tracing::error!(error = %error.chain(), "the mount ended");
                 tell(serde_json::json!({
-                    "error": error.chain(), "hint": error.hint_text(), "kind": error.kind().word(),
+                    "error": error.chain(), "detail": error.detail_text(), "hint": error.hint_text(),
                 }));
                 ExitCode::from(error.kind().exit_code())
             }
@@ -108,19 +111,28 @@ impl Mount {
     }
 }
 
-/// Starts `envfabric mount DIR` in the background and waits until it answers. Returns the path of its log.
-pub(crate) fn start_daemon(context: &Context, dir: &Path, flags: &[String]) -> Result<PathBuf> {
-    let settings = &context.settings;
+/// Starts `envfabric mount DIR` in the background and waits until it answers. Returns the path of its log, or none when
+/// another process has meanwhile mounted the same store there.
+pub(crate) fn start_daemon(context: &Context, dir: &Path, flags: &[String]) -> Result<Option<PathBuf>> {
+    let state = context.settings.state()?;
+    std::fs::create_dir_all(state).at("creating", state)?;
+    // Of many that find nothing mounted, one mounts.
+    let lock = File::create(state.join("mount.lock")).at("opening", state.join("mount.lock"))?;
+    lock.lock().at("locking", state.join("mount.lock"))?;
     // What can be told without a process is told here, with nothing started.
-    context.store_or_default()?;
+    let store = context.store()?;
+    if super::run::mount_of(&store, dir)?.is_some_and(|at| at == dir) {
+        return Ok(None);
+    }
     mount::preflight(dir)?;
-    std::fs::create_dir_all(&settings.state).at("creating", &settings.state)?;
-    let log_path = settings.state.join("mount.log");
-    let log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path).at("opening", &log_path)?;
+    let log_path = state.join("mount.log");
+    let log = OpenOptions::new().create(true).append(true).open(&log_path).at("opening", &log_path)?;
     let program = std::env::current_exe().at("finding", "this program")?;
     let mut child = Command::new(program)
         .arg("--store")
-        .arg(&settings.store)
+        .arg(&context.settings.store)
+        .args(context.config.iter().flat_map(|config| ["--config".as_ref(), config.as_os_str()]))
+        .args((0..context.verbose).map(|_| "-v"))
         .arg("mount")
         .arg("--notify")
         .args(flags)
@@ -136,11 +148,14 @@ pub(crate) fn start_daemon(context: &Context, dir: &Path, flags: &[String]) -> R
     }
     let told: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
     if told["ready"] == true {
-        return Ok(log_path);
+        return Ok(Some(log_path));
     }
     let _ = child.wait();
     let message = told["error"].as_str().unwrap_or("the mount process ended without a word").to_string();
     let mut error = Error::new(Kind::Failed, message);
+    if let Some(detail) = told["detail"].as_str() {
+        error = error.detail(detail);
+    }
     error = match told["hint"].as_str() {
         Some(hint) => error.hint(hint),
         None => error.hint(format!("its log is {}", log_path.display())),
@@ -164,7 +179,9 @@ impl Umount {
         let dir = self.dir.clone().unwrap_or_else(|| context.settings.mount.clone());
         let dir = std::path::absolute(&dir).at("finding", &dir)?;
         mount::umount(&dir, self.lazy)?;
-        context.out.result(&serde_json::json!({ "unmounted": dir }), |w| writeln!(w, "unmounted {}", dir.display()))?;
+        context.out.result(&serde_json::json!({ "unmounted": dir.to_string_lossy() }), |w| {
+            writeln!(w, "unmounted {}", dir.display())
+        })?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -25,9 +25,9 @@ pub(crate) enum Python {
 
 impl Python {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
-        let store = context.store_or_default()?;
         match self {
             Python::List => {
+                let store = context.store()?;
                 let all = store.interpreters()?;
                 context.out.result(&all, |w| {
                     if all.is_empty() {
@@ -46,10 +46,11 @@ impl Python {
                 })?;
             }
             Python::Add { python } => {
+                let store = context.store_or_default()?;
                 let index = context.index(&store)?;
                 let uv = Uv::new(context.settings.config.uv.clone());
                 let shown = Shown::interruptible(&context.out)?;
-                let build = context.builds(&store, &index, &uv, &*shown);
+                let build = context.builds(&store, &index, &uv, &*shown)?;
                 let added = build::add_interpreter(&build, python);
                 shown.clear();
                 let added = added?;

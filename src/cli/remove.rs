@@ -1,5 +1,6 @@
 //! `envfabric remove`
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use super::Context;
@@ -19,12 +20,14 @@ pub(crate) struct Remove {
 impl Remove {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
         let store = context.store()?;
-        let mut pointers = Vec::new();
-        for name in &self.environments {
-            pointers.push(store.remove(name)?);
+        let names: BTreeSet<&EnvName> = self.environments.iter().collect();
+        // All or none: a mistake in the last name removes nothing.
+        for name in &names {
+            store.current_number(name)?;
         }
+        let pointers = names.iter().map(|name| store.remove(name)).collect::<Result<Vec<_>>>()?;
         context.out.result(&pointers, |w| {
-            for name in &self.environments {
+            for name in &names {
                 writeln!(w, "removed {name}; undo: envfabric rollback {name}")?;
             }
             Ok(())

@@ -13,7 +13,7 @@ pub(crate) struct Rollback {
     /// WORKFLOW/NODE
     #[arg(value_name = "WF/NODE", value_parser = name)]
     environment: EnvName,
-    /// Version number [default: the one before the current; the newest of a removed environment]
+    /// Version number [default: the one before the current; of a removed environment the one it had]
     #[arg(value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     version: Option<u64>,
 }
@@ -22,18 +22,22 @@ impl Rollback {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
         let store = context.store()?;
         let name = &self.environment;
-        let current = store.pointer(name)?.and_then(|p| p.version);
-        let number = match self.version {
-            Some(number) => number,
+        let (current, number) = match self.version {
+            // Named explicitly: goes over a damaged pointer too.
+            Some(number) => (store.pointer(name).ok().flatten().and_then(|p| p.version), number),
             None => {
-                let below = current.unwrap_or(u64::MAX);
-                let numbers = store.version_numbers(name)?;
-                numbers.into_iter().rfind(|n| *n < below).ok_or_else(|| match current {
+                let current = store.pointer(name)?.and_then(|p| p.version);
+                let before = match current {
+                    Some(current) => store.version_numbers(name)?.into_iter().rfind(|n| *n < current),
+                    None => store.last_current(name)?,
+                };
+                let number = before.ok_or_else(|| match current {
                     Some(current) => Error::new(Kind::NotFound, format!("{name} has no version before {current}"))
                         .hint(format!("name one: `envfabric versions {name}`")),
                     None => Error::new(Kind::NotFound, format!("there is no environment {name}"))
                         .hint("see `envfabric list`"),
-                })?
+                })?;
+                (current, number)
             }
         };
         let pointer = store.rollback(name, number)?;

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,8 @@ use super::Context;
 use super::mount::start_daemon;
 use super::spec::{EnvSpec, spec};
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::mount;
+use crate::mount::{self, MountInfo};
+use crate::store::Store;
 
 /// Run a command in an environment
 ///
@@ -38,7 +39,7 @@ impl Run {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
         let venv = pinned_venv(context, &self.environment)?;
         let Some((program, arguments)) = self.command.split_first() else { return Ok(ExitCode::SUCCESS) };
-        let mut command = inside(&venv, Command::new(program));
+        let mut command = inside(&venv, Command::new(program))?;
         let error = command.args(arguments).exec();
         let code = if error.kind() == ErrorKind::NotFound { 127 } else { 126 };
         let error =
@@ -53,15 +54,16 @@ impl Run {
 impl Shell {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
         let venv = pinned_venv(context, &self.environment)?;
-        let shell = std::env::var_os("SHELL").map(PathBuf::from).unwrap_or_else(|| "/bin/sh".into());
-        let mut command = inside(&venv, Command::new(&shell));
-        command.env("VIRTUAL_ENV_PROMPT", self.environment.name.to_string());
+        let shell = std::env::var_os("SHELL").filter(|s| !s.is_empty());
+        let shell = shell.map(PathBuf::from).unwrap_or_else(|| "/bin/sh".into());
+        let mut command = inside(&venv, Command::new(&shell))?;
+        command.env("ENVFABRIC_VENV", &venv).env("ENVFABRIC_NAME", self.environment.name.to_string());
         if shell.file_name().is_some_and(|name| name == "bash") {
             // The user's own start-up file may set PATH anew, so the environment is activated behind it.
-            let rc = context.settings.state.join("bashrc");
-            std::fs::create_dir_all(&context.settings.state).at("creating", &context.settings.state)?;
-            std::fs::write(&rc, BASHRC).at("writing", &rc)?;
-            command.arg("--rcfile").arg(rc);
+            match start_up_file(context) {
+                Ok(rc) => drop(command.arg("--rcfile").arg(rc)),
+                Err(error) => tracing::warn!(error = error.chain(), "the prompt is left as it is"),
+            }
         }
         context.out.say(format_args!("{} in {}; leave with `exit`", shell.display(), self.environment.name));
         Err(Error::io("starting", &shell, command.exec()))
@@ -71,38 +73,60 @@ impl Shell {
 const BASHRC: &str = "\
 # Written by `envfabric shell`.
 [ -f ~/.bashrc ] && . ~/.bashrc
-. \"$VIRTUAL_ENV/bin/activate\"
-[ -n \"${VIRTUAL_ENV_PROMPT-}\" ] && [ -n \"${PS1-}\" ] && PS1=\"($VIRTUAL_ENV_PROMPT) ${_OLD_VIRTUAL_PS1-}\"
+. \"$ENVFABRIC_VENV/bin/activate\"
+[ -n \"${PS1-}\" ] && PS1=\"($ENVFABRIC_NAME) ${_OLD_VIRTUAL_PS1-}\"
 ";
 
+/// The file that bash reads first; written whole, as another shell may be starting.
+fn start_up_file(context: &Context) -> Result<PathBuf> {
+    let state = context.settings.state()?;
+    std::fs::create_dir_all(state).at("creating", state)?;
+    let rc = state.join("bashrc");
+    let mut file = tempfile::NamedTempFile::new_in(state).at("creating a file in", state)?;
+    std::io::Write::write_all(&mut file, BASHRC.as_bytes()).at("writing", &rc)?;
+    file.persist(&rc).map_err(|error| error.error).at("writing", &rc)?;
+    Ok(rc)
+}
+
 /// `command` with the environment's programs first on PATH, as `activate` would have it.
-fn inside(venv: &std::path::Path, mut command: Command) -> Command {
+fn inside(venv: &Path, mut command: Command) -> Result<Command> {
     let mut path = vec![venv.join("bin")];
     if let Some(old) = std::env::var_os("PATH") {
         path.extend(std::env::split_paths(&old));
     }
-    if let Ok(path) = std::env::join_paths(path) {
-        command.env("PATH", path);
-    }
-    command.env("VIRTUAL_ENV", venv).env_remove("PYTHONHOME");
-    command
+    let path = std::env::join_paths(path).map_err(|source| {
+        Error::new(Kind::Invalid, format!("{} cannot stand in PATH", venv.display()))
+            .hint("mount at a directory without a colon in its path")
+            .with_source(source)
+    })?;
+    command.env("PATH", path).env("VIRTUAL_ENV", venv).env_remove("PYTHONHOME");
+    Ok(command)
+}
+
+/// Where all of `store` is mounted: at `preferred`, or else anywhere.
+pub(super) fn mount_of(store: &Store, preferred: &Path) -> Result<Option<PathBuf>> {
+    let same =
+        |a: &Path, b: &Path| a == b || a.canonicalize().ok().zip(b.canonicalize().ok()).is_some_and(|(a, b)| a == b);
+    let whole = |m: &MountInfo| m.root == Path::new("/") && same(&m.store, store.root());
+    let mounts: Vec<MountInfo> = mount::mounts()?.into_iter().filter(whole).collect();
+    let found = mounts.iter().find(|m| same(&m.mount_point, preferred));
+    let found = found.or_else(|| mounts.iter().find(|m| m.mount_point.exists()));
+    Ok(found.map(|m| m.mount_point.clone()))
 }
 
 /// The `.venv` of the version that is meant, by its pinned path, in a mount of this store.
 fn pinned_venv(context: &Context, environment: &EnvSpec) -> Result<PathBuf> {
-    let store = context.store_or_default()?;
+    let store = context.store()?;
     let version = environment.resolve(&store)?;
-    let mounts = mount::mounts()?;
-    let mount = &context.settings.mount;
-    let here = |at: &std::path::Path| mounts.iter().any(|m| m.mount_point == at && m.store == store.root());
-    let at = if here(mount) {
-        mount.clone()
-    } else if let Some(other) = mounts.iter().find(|m| m.store == store.root() && m.mount_point.exists()) {
-        other.mount_point.clone()
-    } else {
-        start_daemon(context, mount, &[])?;
-        context.out.say(format_args!("mounted at {}", mount.display()));
-        mount.clone()
+    let at = match mount_of(&store, &context.settings.mount)? {
+        Some(at) => at,
+        None => {
+            let mount = &context.settings.mount;
+            if start_daemon(context, mount, &[])?.is_some() {
+                context.out.say(format_args!("mounted at {}", mount.display()));
+            }
+            mount.clone()
+        }
     };
     let name = &version.environment;
     let dir = at.join(name.workflow()).join(name.node()).join(format!(".versions/{}/.venv", version.number));

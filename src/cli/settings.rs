@@ -14,8 +14,8 @@ pub(crate) struct Settings {
     pub(crate) store_is_default: bool,
     /// Mount point, absolute.
     pub(crate) mount: PathBuf,
-    /// Directory of the index, locks and logs, on a local disk.
-    pub(crate) state: PathBuf,
+    /// Directory of the index, locks and logs, on a local disk; none when there is no home.
+    state: Option<PathBuf>,
     /// Directory for builds in progress.
     pub(crate) scratch: PathBuf,
     /// What the config file says.
@@ -31,9 +31,10 @@ impl Settings {
             let set = std::env::var_os(variable).map(PathBuf::from).filter(|p| p.is_absolute());
             set.or_else(|| home.as_ref().map(|h| h.join(below_home))).map(|p| p.join("envfabric")).ok_or_else(|| {
                 Error::new(Kind::Usage, format!("neither HOME nor {variable} is set"))
-                    .hint("set HOME, or name the places with --store and --mount")
+                    .hint("set HOME, or ENVFABRIC_STORE, ENVFABRIC_MOUNT, ENVFABRIC_SCRATCH and XDG_STATE_HOME")
             })
         };
+        let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         let mut defaults = vec![PathBuf::from("/etc/envfabric/config.toml")];
         if let Ok(dir) = xdg("XDG_CONFIG_HOME", ".config") {
             defaults.insert(0, dir.join("config.toml"));
@@ -46,16 +47,26 @@ impl Settings {
             Some(path) => absolute(path)?,
             None => xdg("XDG_DATA_HOME", ".local/share")?.join("store"),
         };
-        let mount = match std::env::var_os("ENVFABRIC_MOUNT").map(PathBuf::from).or_else(|| config.mount.clone()) {
+        let mount = match variable("ENVFABRIC_MOUNT").or_else(|| config.mount.clone()) {
             Some(path) => absolute(path)?,
             None => xdg("XDG_DATA_HOME", ".local/share")?.join("envs"),
         };
-        let scratch = match std::env::var_os("ENVFABRIC_SCRATCH").map(PathBuf::from).or_else(|| config.scratch.clone())
-        {
+        let scratch = match variable("ENVFABRIC_SCRATCH").or_else(|| config.scratch.clone()) {
             Some(path) => absolute(path)?,
-            None => xdg("XDG_CACHE_HOME", ".cache")?.join("build"),
+            None => xdg("XDG_CACHE_HOME", ".cache").map_or_else(|_| std::env::temp_dir(), |dir| dir.join("build")),
         };
-        let state = xdg("XDG_STATE_HOME", ".local/state")?;
+        let state = xdg("XDG_STATE_HOME", ".local/state").ok();
         Ok(Settings { store, store_is_default, mount, state, scratch, config })
+    }
+
+    /// Directory of the index, locks and logs.
+    pub(crate) fn state(&self) -> Result<&Path> {
+        self.state.as_deref().ok_or_else(|| {
+            Error::new(
+                Kind::Usage,
+                "there is no place for the index, locks and logs: neither HOME nor XDG_STATE_HOME is set",
+            )
+            .hint("set XDG_STATE_HOME to a directory on a local disk")
+        })
     }
 }

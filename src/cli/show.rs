@@ -41,7 +41,7 @@ struct Shown<'a> {
 
 impl Show {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
-        let store = context.store_or_default()?;
+        let store = context.store()?;
         let index = context.index(&store)?;
         let version = self.environment.resolve(&store)?;
         let layers = index.layers(&store, &version.layers)?;

@@ -40,6 +40,11 @@ impl FromStr for EnvSpec {
     }
 }
 
+/// A path for clap; empty (a variable that is set to nothing) counts as not given, further on.
+pub(crate) fn path(text: &str) -> Result<std::path::PathBuf, String> {
+    Ok(text.into())
+}
+
 /// An [`EnvName`] for clap, which shows an error's hint with its message.
 pub(crate) fn name(text: &str) -> Result<EnvName, String> {
     text.parse().map_err(told)

@@ -32,7 +32,7 @@ struct Line {
 
 impl Versions {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
-        let store = context.store_or_default()?;
+        let store = context.store()?;
         let numbers = store.version_numbers(&self.environment)?;
         if numbers.is_empty() {
             return Err(Error::new(Kind::NotFound, format!("there is no environment {}", self.environment))

@@ -8,7 +8,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{Store, list_names, now, publish, read_json, to_json};
+use super::{Store, list_dirs, list_names, now, publish, read_json, to_json};
 use crate::environment::{EnvName, VERSION_FORMAT, Version};
 use crate::error::{Error, Kind, Result};
 use std::path::PathBuf;
@@ -65,9 +65,9 @@ impl Store {
         self.env_dir(name).join("current").join(format!("{sequence}.json"))
     }
 
-    /// Every workflow that ever had an environment, sorted.
+    /// Every workflow that ever had an environment, sorted. Files that somebody has put there are not ours.
     pub fn workflows(&self) -> Result<Vec<String>> {
-        let mut names = list_names(&self.root.join("envs"))?;
+        let mut names = list_dirs(&self.root.join("envs"))?;
         if names.is_empty() {
             self.require_present()?;
         }
@@ -80,7 +80,7 @@ impl Store {
         if !EnvName::is_part(workflow) {
             return Ok(Vec::new());
         }
-        let mut names = list_names(&self.root.join("envs").join(workflow))?;
+        let mut names = list_dirs(&self.root.join("envs").join(workflow))?;
         if names.is_empty() {
             self.require_present()?;
         }
@@ -206,10 +206,15 @@ impl Store {
     /// # Errors
     /// [`Kind::NotFound`] when there is no such environment or it was removed.
     pub fn current(&self, name: &EnvName) -> Result<Version> {
-        match self.pointer(name)?.and_then(|p| p.version) {
-            Some(number) => self.version(name, number),
-            None => Err(no_environment(name)),
-        }
+        self.version(name, self.current_number(name)?)
+    }
+
+    /// The number of the current version of `name`.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] when there is no such environment or it was removed.
+    pub fn current_number(&self, name: &EnvName) -> Result<u64> {
+        self.pointer(name)?.and_then(|p| p.version).ok_or_else(|| no_environment(name))
     }
 
     /// Publishes `draft` under the next free number (`number` and `nonce` of the draft are ignored) and makes it
@@ -234,6 +239,13 @@ impl Store {
                 Ok(Claimed::Superseded(draft, newest))
             }
         }
+    }
+
+    /// The version that was current before the environment was removed, or that is current.
+    pub fn last_current(&self, name: &EnvName) -> Result<Option<u64>> {
+        let sequences = numbers(&self.env_dir(name).join("current"))?;
+        let versions = sequences.into_iter().rev().map(|sequence| self.read_pointer(name, sequence));
+        Ok(versions.flatten().find_map(|pointer| pointer.version))
     }
 
     /// Makes version `number` current, whatever is now.
@@ -344,6 +356,7 @@ pub(crate) mod tests {
         store.remove(&name).unwrap();
         assert!(store.current(&name).unwrap_err().is_not_found());
         assert!(store.remove(&name).unwrap_err().is_not_found());
+        assert_eq!(store.last_current(&name).unwrap(), Some(1));
         assert_eq!(store.publish_version(draft("demo/a")).unwrap().version().number, 2);
         store.rollback(&name, 1).unwrap();
         assert_eq!(store.current(&name).unwrap().number, 1);
@@ -411,7 +424,12 @@ pub(crate) mod tests {
         assert_eq!(store.current(&name).unwrap().number, 1);
         assert_eq!(store.publish_version(draft("demo/a")).unwrap().version().number, 3);
         assert_eq!(store.current(&name).unwrap().number, 3);
-        // Names that only look like numbers are not ours.
+        // Files that somebody puts beside environments are not ours.
+        std::fs::write(dir.path().join("envs/README"), "").unwrap();
+        std::fs::write(dir.path().join("envs/demo/README"), "").unwrap();
+        assert_eq!((store.workflows().unwrap(), store.nodes("demo").unwrap().len()), (vec!["demo".to_string()], 2));
+        assert_eq!(store.environments().unwrap().len(), 2);
+        // Names that only look like numbers are not, either.
         for odd in ["007.json", "+9.json", "18446744073709551615.json", "0.json"] {
             std::fs::write(store.env_dir(&name).join("current").join(odd), "{}").unwrap();
             std::fs::write(store.env_dir(&name).join("versions").join(odd), "{}").unwrap();

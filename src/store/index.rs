@@ -41,14 +41,30 @@ impl Index {
             Ok(db) => db,
             Err(error) if is_damage(&error) => {
                 tracing::warn!(path = %path.display(), %error, "the index is damaged and is begun anew");
-                for suffix in ["", "-wal", "-shm"] {
-                    let _ = fs::remove_file(format!("{}{suffix}", path.display()));
-                }
+                remove(&path);
                 open(&path).map_err(unusable)?
             }
             Err(error) => return Err(unusable(error)),
         };
         Ok(Index { db: Mutex::new(db), layers: Mutex::default(), path })
+    }
+
+    /// An index that lives as long as this value, for whoever has no place to keep one.
+    pub fn in_memory() -> Result<Index> {
+        let db = Connection::open_in_memory().and_then(prepare);
+        let db = db.map_err(|e| Error::new(Kind::Failed, "no index can be made in memory").with_source(e))?;
+        Ok(Index { db: Mutex::new(db), layers: Mutex::default(), path: ":memory:".into() })
+    }
+
+    /// Tells damage that was found at work, and clears it away: the next command begins a new index.
+    fn told(&self, error: rusqlite::Error) -> Error {
+        let damaged = is_damage(&error);
+        let told = Error::new(Kind::Corrupt, format!("the index {} cannot be used", self.path.display()));
+        if damaged {
+            remove(&self.path);
+            return told.hint("it was only a cache and has been removed: run the command again").with_source(error);
+        }
+        told.hint("check its disk and mode; it is only a cache and may be deleted").with_source(error)
     }
 
     /// The database file.
@@ -69,12 +85,13 @@ impl Index {
         }
         {
             let db = self.db();
-            let mut select = db.prepare_cached("SELECT doc FROM layer WHERE digest = ?1")?;
+            let mut select = db.prepare_cached("SELECT doc FROM layer WHERE digest = ?1").map_err(|e| self.told(e))?;
             for digest in layers {
                 if found.contains_key(digest) {
                     continue;
                 }
-                let text: Option<String> = select.query_row([digest.as_bytes()], |r| r.get(0)).optional()?;
+                let text: Option<String> =
+                    select.query_row([digest.as_bytes()], |r| r.get(0)).optional().map_err(|e| self.told(e))?;
                 if let Some(doc) = text.and_then(|t| serde_json::from_str::<LayerDoc>(&t).ok()) {
                     found.insert(*digest, Arc::new(doc));
                 }
@@ -85,12 +102,14 @@ impl Index {
             let read: Vec<Arc<LayerDoc>> =
                 missing.par_iter().map(|d| store.layer(d).map(Arc::new)).collect::<Result<_>>()?;
             let mut db = self.db();
-            let transaction = db.transaction()?;
+            let transaction = db.transaction().map_err(|e| self.told(e))?;
             for doc in &read {
                 let text = serde_json::to_string(&**doc).unwrap_or_default();
-                transaction.execute("INSERT OR REPLACE INTO layer VALUES (?1, ?2)", (doc.digest.as_bytes(), text))?;
+                transaction
+                    .execute("INSERT OR REPLACE INTO layer VALUES (?1, ?2)", (doc.digest.as_bytes(), text))
+                    .map_err(|e| self.told(e))?;
             }
-            transaction.commit()?;
+            transaction.commit().map_err(|e| self.told(e))?;
             found.extend(read.into_iter().map(|doc| (doc.digest, doc)));
         }
         let mut memory = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -117,9 +136,11 @@ impl Index {
     pub fn layer_of_key(&self, store: &Store, key: &Digest) -> Result<Option<Digest>> {
         let known: Option<Vec<u8>> = self
             .db()
-            .prepare_cached("SELECT layer FROM key WHERE key = ?1")?
+            .prepare_cached("SELECT layer FROM key WHERE key = ?1")
+            .map_err(|e| self.told(e))?
             .query_row([key.as_bytes()], |r| r.get(0))
-            .optional()?;
+            .optional()
+            .map_err(|e| self.told(e))?;
         let known = known.and_then(|b| <[u8; 32]>::try_from(b).ok()).map(Digest::from_bytes);
         let layer = match known {
             Some(layer) => Some(layer),
@@ -130,13 +151,15 @@ impl Index {
         let path = store.layer_path(&layer);
         match fs::File::open(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                self.db().execute("DELETE FROM key WHERE key = ?1", [key.as_bytes()])?;
+                self.db().execute("DELETE FROM key WHERE key = ?1", [key.as_bytes()]).map_err(|e| self.told(e))?;
                 return Ok(None);
             }
             other => other.map(|_| ()).at("opening", &path)?,
         }
         if known.is_none() {
-            self.db().execute("INSERT OR REPLACE INTO key VALUES (?1, ?2)", (key.as_bytes(), layer.as_bytes()))?;
+            self.db()
+                .execute("INSERT OR REPLACE INTO key VALUES (?1, ?2)", (key.as_bytes(), layer.as_bytes()))
+                .map_err(|e| self.told(e))?;
         }
         Ok(Some(layer))
     }
@@ -144,14 +167,22 @@ impl Index {
     /// What was noted under `name`.
     pub fn note(&self, name: &str) -> Result<Option<String>> {
         let db = self.db();
-        let mut select = db.prepare_cached("SELECT value FROM note WHERE name = ?1")?;
-        Ok(select.query_row([name], |r| r.get(0)).optional()?)
+        let mut select = db.prepare_cached("SELECT value FROM note WHERE name = ?1").map_err(|e| self.told(e))?;
+        select.query_row([name], |r| r.get(0)).optional().map_err(|e| self.told(e))
     }
 
     /// Notes `value` under `name`.
     pub fn set_note(&self, name: &str, value: &str) -> Result<()> {
-        self.db().execute("INSERT OR REPLACE INTO note VALUES (?1, ?2)", (name, value))?;
+        self.db().execute("INSERT OR REPLACE INTO note VALUES (?1, ?2)", (name, value)).map_err(|e| self.told(e))?;
         Ok(())
+    }
+}
+
+fn remove(path: &Path) {
+    for suffix in ["", "-wal", "-shm"] {
+        let mut name = path.as_os_str().to_os_string();
+        name.push(suffix);
+        let _ = fs::remove_file(name);
     }
 }
 
@@ -164,6 +195,11 @@ fn is_damage(error: &rusqlite::Error) -> bool {
 fn open(path: &Path) -> Result<Connection, rusqlite::Error> {
     let db = Connection::open(path)?;
     db.busy_timeout(Duration::from_secs(30))?;
+    prepare(db)
+}
+
+/// Makes the tables where they are missing or of another format.
+fn prepare(db: Connection) -> Result<Connection, rusqlite::Error> {
     db.pragma_update(None, "journal_mode", "WAL")?;
     db.pragma_update(None, "synchronous", "NORMAL")?;
     // Looked at inside the transaction: of two that begin at once, the second finds the first one's tables.
@@ -200,5 +236,18 @@ mod tests {
         assert_eq!(index.note("a").unwrap(), None);
         index.set_note("a", "c").unwrap();
         assert_eq!(index.note("a").unwrap().as_deref(), Some("c"));
+        // Damage that is met only at work.
+        for n in 0..500 {
+            index.set_note(&format!("n{n}"), &"x".repeat(100)).unwrap();
+        }
+        drop(index);
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[4096..].fill(0xA5);
+        fs::write(&path, bytes).unwrap();
+        match Index::open(dir.path(), &store).and_then(|index| index.note("n7")) {
+            Ok(note) => assert_eq!(note, None),
+            Err(error) => assert!(error.hint_text().is_some_and(|h| h.contains("run the command again")), "{error:?}"),
+        }
+        Index::open(dir.path(), &store).unwrap().set_note("a", "d").unwrap();
     }
 }

@@ -106,6 +106,8 @@ fn errors_are_json_too_and_a_closed_pipe_is_no_error() {
     let output = world.output(["show", "no/such", "--json"]);
     let error: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
     assert_eq!(error["error"]["kind"], "not-found");
+    let usage: serde_json::Value = serde_json::from_slice(&world.output(["show", "--json"]).stderr).unwrap();
+    assert_eq!(usage["error"]["kind"], "usage");
     assert!(output.stdout.is_empty());
     for args in [vec!["list"], vec!["--help"], vec!["completions", "bash"], vec!["list", "--json"]] {
         let mut process = world.command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -114,6 +116,78 @@ fn errors_are_json_too_and_a_closed_pipe_is_no_error() {
         assert!(!text(&output.stderr).contains("panic"), "{args:?}: {}", text(&output.stderr));
         assert_eq!(output.status.code(), Some(0), "{args:?}: {}", text(&output.stderr));
     }
+}
+
+#[test]
+fn many_runs_at_once_with_nothing_mounted_share_one_mount() {
+    let world = World::new();
+    let python = python311();
+    world.ok(["create", "demo/hello", "six", "--python", &python]);
+    for _ in 0..3 {
+        let started: Vec<_> = (0..6)
+            .map(|_| {
+                let mut command = world.command(["run", "demo/hello", "--", "python", "-c", "import six"]);
+                command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+            })
+            .collect();
+        for process in started {
+            let output = process.wait_with_output().unwrap();
+            assert!(output.status.success(), "{}", text(&output.stderr));
+        }
+        let at = world.dir().join("envs").display().to_string();
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert_eq!(mounts.lines().filter(|l| l.contains(&at)).count(), 1);
+        world.ok(["umount"]);
+    }
+    // A mount of a part of the store, elsewhere, is no mount of it.
+    let part = world.dir().join("part");
+    std::fs::create_dir(&part).unwrap();
+    if !crate::world::is_root() {
+        println!("skipped the bind mount: it needs root");
+        return;
+    }
+    world.ok(["mount"]);
+    let whole = world.dir().join("envs/demo");
+    check(Command::new("mount").arg("--bind").args([&whole, &part]));
+    let umounted = world.output(["umount", "--lazy"]);
+    let ran = world.output(["run", "demo/hello", "--", "python", "-c", "import six"]);
+    check(Command::new("umount").arg("--lazy").arg(&part));
+    assert!(umounted.status.success() && ran.status.success(), "{}", text(&ran.stderr));
+}
+
+#[test]
+fn paths_that_are_no_text_and_places_that_are_missing_are_told_without_a_panic() {
+    use std::os::unix::ffi::OsStrExt;
+    let world = World::new();
+    let odd = world.dir().join(std::ffi::OsStr::from_bytes(b"st\xfe"));
+    for args in [["init"], ["mount"], ["umount"]] {
+        let output = world.command(args).arg(&odd).output().unwrap();
+        assert!(!text(&output.stderr).contains("panicked"), "{}", text(&output.stderr));
+        assert!(matches!(output.status.code(), Some(0..=2)), "{args:?}: {}", output.status);
+    }
+    let nowhere = |args: &[&str]| {
+        let mut command = world.command(args);
+        for name in
+            ["HOME", "XDG_STATE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "ENVFABRIC_SCRATCH"]
+        {
+            command.env_remove(name);
+        }
+        command.output().unwrap()
+    };
+    assert!(nowhere(&["list"]).status.success());
+    let mount = nowhere(&["mount"]);
+    assert!(text(&mount.stderr).contains("XDG_STATE_HOME"), "{}", text(&mount.stderr));
+    // Looking makes no store.
+    let fresh = |args: &[&str]| {
+        let mut command = world.command(args);
+        command.env_remove("ENVFABRIC_STORE").env("XDG_DATA_HOME", world.dir().join("fresh")).output().unwrap()
+    };
+    assert!(fresh(&["list"]).status.success());
+    assert_eq!(fresh(&["show", "a/b"]).status.code(), Some(1));
+    assert!(!world.dir().join("fresh").exists());
+    // An empty variable is as none.
+    let output = world.command(["list"]).env("ENVFABRIC_MOUNT", "").env("ENVFABRIC_SCRATCH", "").output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
 }
 
 #[test]
@@ -159,7 +233,13 @@ fn run_and_show_and_diff_and_rollback_as_the_readme_says() {
         doctor["checks"].as_array().unwrap().iter().any(|c| c["name"] == "store" && c["state"] == "ok"),
         "{doctor}"
     );
-    world.ok(["remove", "demo/hello"]);
+    // `remove` is all or nothing, and `rollback` undoes it: back comes the version that was current.
+    world.ok(["rollback", "demo/hello", "1"]);
+    world.fails(1, ["remove", "demo/hello", "no/such"]);
+    world.ok(["show", "demo/hello"]);
+    world.ok(["remove", "demo/hello", "demo/hello"]);
     assert!(world.fails(1, ["show", "demo/hello"]).contains("demo/hello"));
+    world.ok(["rollback", "demo/hello"]);
+    assert_eq!(world.json(["show", "demo/hello"])["number"], 1);
     world.ok(["umount"]);
 }
