@@ -6,6 +6,7 @@
 mod completions;
 mod config;
 mod create;
+mod daemon;
 mod diff;
 mod doctor;
 mod fsck;

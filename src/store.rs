@@ -29,6 +29,7 @@ mod index;
 mod layer;
 mod layer_writer;
 mod publish;
+mod row;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -37,12 +38,13 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-pub use catalog::{Catalog, Node, Place, Row, RowId};
+pub use catalog::Catalog;
 pub use environments::{Claimed, Pointer};
 pub use fsck::{Finding, FsckReport, Severity};
 pub use index::Index;
 pub use layer::{Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requirement, SMALL_FILE_MAX};
 pub use layer_writer::{LayerWriter, Staged, StagedKind};
+pub use row::{Node, Place, Row, RowId};
 
 use publish::Trust;
 

@@ -150,7 +150,7 @@ impl Create {
                 version.number
             ),
         });
-        if super::run::mount_of(&store, &context.settings.mount)?.is_none() && !context.out.json {
+        if super::daemon::mount_of(&store, &context.settings.mount)?.is_none() && !context.out.json {
             context.out.say(format_args!("not mounted yet: envfabric mount, or envfabric run {name} -- python"));
         }
         context.out.result(&done, |w| writeln!(w, "{}", done.path))?;

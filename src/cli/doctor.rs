@@ -193,7 +193,7 @@ fn mounted(at: &Path, store: Option<&Store>) -> Check {
         )
         .hint(format!("envfabric umount {0}; envfabric mount {0}", at.display()));
     }
-    match store.map(|store| super::run::mount_of(store, at)).transpose() {
+    match store.map(|store| super::daemon::mount_of(store, at)).transpose() {
         Ok(Some(Some(found))) => Check::new("mount", State::Ok, found.display().to_string()),
         Ok(_) => Check::new("mount", State::Note, format!("{} is not mounted", at.display()))
             .hint("`envfabric mount`; `run` and `shell` do it by themselves"),

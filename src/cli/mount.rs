@@ -1,15 +1,15 @@
 //! `envfabric mount` and `envfabric umount`
 
-use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::Arc;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::Context;
+use super::daemon::start_daemon;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::mount::{self, Ended, Options};
 
@@ -109,58 +109,6 @@ impl Mount {
             }
         }
     }
-}
-
-/// Starts `envfabric mount DIR` in the background and waits until it answers. Returns the path of its log, or none when
-/// another process has meanwhile mounted the same store there.
-pub(crate) fn start_daemon(context: &Context, dir: &Path, flags: &[String]) -> Result<Option<PathBuf>> {
-    let state = context.settings.state()?;
-    std::fs::create_dir_all(state).at("creating", state)?;
-    // Of many that find nothing mounted, one mounts.
-    let lock = File::create(state.join("mount.lock")).at("opening", state.join("mount.lock"))?;
-    lock.lock().at("locking", state.join("mount.lock"))?;
-    // What can be told without a process is told here, with nothing started.
-    let store = context.store()?;
-    if super::run::mount_of(&store, dir)?.is_some_and(|at| at == dir) {
-        return Ok(None);
-    }
-    mount::preflight(dir)?;
-    let log_path = state.join("mount.log");
-    let log = OpenOptions::new().create(true).append(true).open(&log_path).at("opening", &log_path)?;
-    let program = std::env::current_exe().at("finding", "this program")?;
-    let mut child = Command::new(program)
-        .arg("--store")
-        .arg(&context.settings.store)
-        .args(context.config.iter().flat_map(|config| ["--config".as_ref(), config.as_os_str()]))
-        .args((0..context.verbose).map(|_| "-v"))
-        .arg("mount")
-        .arg("--notify")
-        .args(flags)
-        .arg(dir)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(log)
-        .spawn()
-        .at("starting", "the mount process")?;
-    let mut line = String::new();
-    if let Some(stdout) = child.stdout.take() {
-        BufReader::new(stdout).read_line(&mut line).at("hearing from", "the mount process")?;
-    }
-    let told: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
-    if told["ready"] == true {
-        return Ok(Some(log_path));
-    }
-    let _ = child.wait();
-    let message = told["error"].as_str().unwrap_or("the mount process ended without a word").to_string();
-    let mut error = Error::new(Kind::Failed, message);
-    if let Some(detail) = told["detail"].as_str() {
-        error = error.detail(detail);
-    }
-    error = match told["hint"].as_str() {
-        Some(hint) => error.hint(hint),
-        None => error.hint(format!("its log is {}", log_path.display())),
-    };
-    Err(error)
 }
 
 /// Take a mount away

@@ -8,11 +8,9 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use super::Context;
-use super::mount::start_daemon;
+use super::daemon::{mount_of, start_daemon};
 use super::spec::{EnvSpec, spec};
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::mount::{self, MountInfo};
-use crate::store::Store;
 
 /// Run a command in an environment
 ///
@@ -101,17 +99,6 @@ fn inside(venv: &Path, mut command: Command) -> Result<Command> {
     })?;
     command.env("PATH", path).env("VIRTUAL_ENV", venv).env_remove("PYTHONHOME");
     Ok(command)
-}
-
-/// Where all of `store` is mounted: at `preferred`, or else anywhere.
-pub(super) fn mount_of(store: &Store, preferred: &Path) -> Result<Option<PathBuf>> {
-    let same =
-        |a: &Path, b: &Path| a == b || a.canonicalize().ok().zip(b.canonicalize().ok()).is_some_and(|(a, b)| a == b);
-    let whole = |m: &MountInfo| m.root == Path::new("/") && same(&m.store, store.root());
-    let mounts: Vec<MountInfo> = mount::mounts()?.into_iter().filter(whole).collect();
-    let found = mounts.iter().find(|m| same(&m.mount_point, preferred));
-    let found = found.or_else(|| mounts.iter().find(|m| m.mount_point.exists()));
-    Ok(found.map(|m| m.mount_point.clone()))
 }
 
 /// The `.venv` of the version that is meant, by its pinned path, in a mount of this store.

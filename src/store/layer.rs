@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::catalog::Node;
+use super::row::Node;
 use crate::environment::{Digest, Hasher};
 
 /// The modification time of every file in every layer, in seconds: 2000-01-01 00:00:00 UTC.

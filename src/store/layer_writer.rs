@@ -9,9 +9,10 @@ use std::path::PathBuf;
 use rayon::prelude::*;
 use rusqlite::{Connection, MAIN_DB};
 
-use super::catalog::{CATALOG_FORMAT, Node, Place, SCHEMA, is_component};
+use super::catalog::{CATALOG_FORMAT, SCHEMA};
 use super::layer::{Canon, LayerDoc, LayerMeta, SMALL_FILE_MAX};
 use super::publish::{self, Trust, hash_file};
+use super::row::{Node, Place, is_component};
 use super::{Store, to_json};
 use crate::environment::{Digest, Hasher};
 use crate::error::{Error, IoContext, Kind, Result};

@@ -1,0 +1,74 @@
+//! Mounts served by a process in the background: finding one, and starting one.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::Context;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::mount::{self, MountInfo};
+use crate::store::Store;
+
+/// Where all of `store` is mounted: at `preferred`, or else anywhere.
+pub(super) fn mount_of(store: &Store, preferred: &Path) -> Result<Option<PathBuf>> {
+    let same =
+        |a: &Path, b: &Path| a == b || a.canonicalize().ok().zip(b.canonicalize().ok()).is_some_and(|(a, b)| a == b);
+    let whole = |m: &MountInfo| m.root == Path::new("/") && same(&m.store, store.root());
+    let mounts: Vec<MountInfo> = mount::mounts()?.into_iter().filter(whole).collect();
+    let found = mounts.iter().find(|m| same(&m.mount_point, preferred));
+    let found = found.or_else(|| mounts.iter().find(|m| m.mount_point.exists()));
+    Ok(found.map(|m| m.mount_point.clone()))
+}
+
+/// Starts `envfabric mount DIR` in the background and waits until it answers. Returns the path of its log, or none when
+/// another process has meanwhile mounted the same store there.
+pub(crate) fn start_daemon(context: &Context, dir: &Path, flags: &[String]) -> Result<Option<PathBuf>> {
+    let state = context.settings.state()?;
+    std::fs::create_dir_all(state).at("creating", state)?;
+    // Of many that find nothing mounted, one mounts.
+    let lock = File::create(state.join("mount.lock")).at("opening", state.join("mount.lock"))?;
+    lock.lock().at("locking", state.join("mount.lock"))?;
+    // What can be told without a process is told here, with nothing started.
+    let store = context.store()?;
+    if mount_of(&store, dir)?.is_some_and(|at| at == dir) {
+        return Ok(None);
+    }
+    mount::preflight(dir)?;
+    let log_path = state.join("mount.log");
+    let log = OpenOptions::new().create(true).append(true).open(&log_path).at("opening", &log_path)?;
+    let program = std::env::current_exe().at("finding", "this program")?;
+    let mut child = Command::new(program)
+        .arg("--store")
+        .arg(&context.settings.store)
+        .args(context.config.iter().flat_map(|config| ["--config".as_ref(), config.as_os_str()]))
+        .args((0..context.verbose).map(|_| "-v"))
+        .arg("mount")
+        .arg("--notify")
+        .args(flags)
+        .arg(dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()
+        .at("starting", "the mount process")?;
+    let mut line = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        BufReader::new(stdout).read_line(&mut line).at("hearing from", "the mount process")?;
+    }
+    let told: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+    if told["ready"] == true {
+        return Ok(Some(log_path));
+    }
+    let _ = child.wait();
+    let message = told["error"].as_str().unwrap_or("the mount process ended without a word").to_string();
+    let mut error = Error::new(Kind::Failed, message);
+    if let Some(detail) = told["detail"].as_str() {
+        error = error.detail(detail);
+    }
+    error = match told["hint"].as_str() {
+        Some(hint) => error.hint(hint),
+        None => error.hint(format!("its log is {}", log_path.display())),
+    };
+    Err(error)
+}
