@@ -1,11 +1,13 @@
 //! `envfabric create`
 
-use std::path::PathBuf;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
 use serde::Serialize;
+use tempfile::NamedTempFile;
 
 use super::Context;
 use super::output::bytes;
@@ -24,9 +26,9 @@ pub(crate) struct Create {
     #[arg(value_name = "WF/NODE", value_parser = name)]
     environment: EnvName,
     /// Requirements as pip takes them: names, versions, URLs, local wheels and directories
-    #[arg(value_name = "REQ", conflicts_with_all = ["project", "lock"])]
+    #[arg(value_name = "REQ", value_parser = clap::builder::NonEmptyStringValueParser::new(), conflicts_with_all = ["project", "lock"])]
     requirements: Vec<String>,
-    /// Requirements file (repeatable)
+    /// Requirements file, or - for standard input (repeatable)
     #[arg(long = "requirements", short = 'r', value_name = "FILE", conflicts_with_all = ["project", "lock"])]
     files: Vec<PathBuf>,
     /// Constraints file (repeatable)
@@ -93,6 +95,7 @@ struct Done<'a> {
 impl Create {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
         let begun = Instant::now();
+        let standard_input = self.standard_input()?;
         let store = context.store_or_default()?;
         let index = Arc::new(context.index(&store)?);
         let uv = Uv::new(context.settings.config.uv.clone());
@@ -104,7 +107,10 @@ impl Create {
             })
         };
         let building = context.builds(&store, &index, &uv, &*shown)?;
-        let created = build::create(&build::Context { trial: Some(&trial), ..building }, &self.request(context));
+        let created = build::create(
+            &build::Context { trial: Some(&trial), ..building },
+            &self.request(context, standard_input.as_ref()),
+        );
         shown.clear();
         let created = created?;
 
@@ -157,7 +163,24 @@ impl Create {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn request(&self, context: &Context) -> Request {
+    /// Standard input in a file, where it was asked for; uv is given none.
+    fn standard_input(&self) -> Result<Option<NamedTempFile>> {
+        if !self.files.iter().any(|file| is_standard_input(file)) {
+            return Ok(None);
+        }
+        let mut text = Vec::new();
+        std::io::stdin().read_to_end(&mut text).at("reading", "standard input")?;
+        let place = std::env::temp_dir();
+        let file = tempfile::Builder::new()
+            .prefix("requirements-")
+            .suffix(".txt")
+            .tempfile()
+            .at("creating a file in", &place)?;
+        std::fs::write(file.path(), text).at("writing", file.path())?;
+        Ok(Some(file))
+    }
+
+    fn request(&self, context: &Context, standard_input: Option<&NamedTempFile>) -> Request {
         let config = &context.settings.config;
         let input = if let Some(project) = &self.project {
             Input::Project(project.clone())
@@ -166,7 +189,14 @@ impl Create {
         } else {
             Input::Requirements {
                 requirements: self.requirements.clone(),
-                files: self.files.clone(),
+                files: self
+                    .files
+                    .iter()
+                    .map(|file| match standard_input {
+                        Some(text) if is_standard_input(file) => text.path().to_path_buf(),
+                        _ => file.clone(),
+                    })
+                    .collect(),
                 constraints: self.constraints.clone(),
             }
         };
@@ -188,4 +218,8 @@ impl Create {
         request.platform = self.python_platform.clone().or_else(|| config.python_platform.clone());
         request
     }
+}
+
+fn is_standard_input(path: &Path) -> bool {
+    ["-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"].iter().any(|name| path == Path::new(name))
 }
