@@ -356,3 +356,56 @@ fn a_tree_may_be_asked_from_many_threads() {
     assert!(trees.windows(2).all(|w| w[0] == w[1]));
     let _: &Store = tree.store();
 }
+
+/// Puts `bytes` at `path` as a repair does: a new file under the old name.
+fn replace(path: &std::path::Path, bytes: &[u8]) {
+    let new = path.with_extension("new");
+    std::fs::write(&new, bytes).unwrap();
+    std::fs::rename(new, path).unwrap();
+}
+
+/// Damages the file at `path` in place, so that who has it open sees it; returns what it was.
+fn cut_in_place(path: &std::path::Path, length: u64) -> Vec<u8> {
+    use std::os::unix::fs::PermissionsExt;
+    let bytes = std::fs::read(path).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(length).unwrap();
+    bytes
+}
+
+#[test]
+fn what_was_repaired_in_the_store_is_good_again_at_once() {
+    let fixture = Fixture::new();
+    let mut files: Vec<Staged> =
+        (0..20_000).map(|i| file(format!("{SITE}/many/{i:06}-{}", "n".repeat(60)), "")).collect();
+    files.push(file(format!("{SITE}/small"), noise(3_000, 1)));
+    files.push(file(format!("{SITE}/big"), noise(300_000, 2)));
+    let layer = fixture.layer("p", files);
+    fixture.publish("demo/a", vec![layer]);
+    let tree = Tree::new(fixture.store.clone(), fixture.index.clone());
+    let ino = |name: &str| find(&tree, &format!("demo/a/.versions/1/.venv/{SITE}/{name}")).unwrap().ino;
+    let pack = *fixture.store.catalog(&layer).unwrap().pack().unwrap();
+    for (name, path, content) in [
+        ("small", fixture.store.pack_path(&pack), noise(3_000, 1)),
+        ("big", fixture.store.blob_path(&Digest::of(&noise(300_000, 2))), noise(300_000, 2)),
+    ] {
+        let read = || tree.read(ino(name), 0, 1 << 20, Reader::default());
+        assert_eq!(read().unwrap(), content);
+        let bytes = cut_in_place(&path, 10);
+        assert_eq!(read().unwrap_err().errno(), libc::EIO, "{name}");
+        replace(&path, &bytes);
+        assert_eq!(read().unwrap(), content, "{name}");
+    }
+    let path = fixture.store.catalog_path(&layer);
+    let many = ino("many");
+    let lookup = |i: u32| tree.lookup(many, format!("{i:06}-{}", "n".repeat(60)).as_bytes());
+    assert!(lookup(0).unwrap().is_some());
+    let bytes = cut_in_place(&path, 4096);
+    assert_eq!(lookup(10_000).unwrap_err().errno(), libc::EIO);
+    replace(&path, &bytes);
+    assert!(lookup(10_000).unwrap().is_some());
+    // And when it was replaced while it was open and damaged, with no failure told in between.
+    cut_in_place(&path, 4096);
+    replace(&path, &bytes);
+    assert!(lookup(15_000).unwrap().is_some());
+}

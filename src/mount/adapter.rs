@@ -90,10 +90,10 @@ impl Adapter {
     /// The errno of a failure, which is logged.
     fn errno(&self, error: &Error) -> Errno {
         self.tree.tell(error);
-        Errno::from_i32(error.errno())
+        Errno::from_i32(errno_of(error))
     }
 
-    /// Asks the tree, having noted that names outside versions were asked for.
+    /// Asks the tree; a failure is logged and becomes an errno.
     fn ask<T>(&self, question: impl FnOnce(&Tree) -> Result<T>) -> Result<T, Errno> {
         question(&self.tree).map_err(|error| self.errno(&error))
     }
@@ -511,10 +511,33 @@ impl Filesystem for Adapter {
     }
 }
 
+/// The errno that a caller gets. A handle of the store that is stale says nothing about ours: programs take ESTALE for
+/// the loss of the file that they asked for, and the kernel walks the whole path again.
+fn errno_of(error: &Error) -> i32 {
+    match error.errno() {
+        libc::ESTALE => libc::EIO,
+        errno => errno,
+    }
+}
+
 fn reply_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
     match (u32::try_from(value.len()), size) {
         (Ok(len), 0) => reply.size(len),
         (Ok(len), size) if len <= size => reply.data(value),
         _ => reply.error(Errno::ERANGE),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    #[test]
+    fn a_stale_handle_of_the_store_is_an_input_output_error_of_ours() {
+        let errno = |kind| errno_of(&Error::new(kind, "x"));
+        assert_eq!(errno(Kind::Os(libc::ESTALE)), libc::EIO);
+        assert_eq!(errno(Kind::Os(libc::EACCES)), libc::EACCES);
+        assert_eq!(errno(Kind::NotFound), libc::ENOENT);
     }
 }

@@ -1,6 +1,9 @@
 //! Bytes of files: from a pack or a blob of the store, by position.
 //!
 //! A read needs nothing but the inode number: its place is kept in a bounded memory and found again in the catalog.
+//!
+//! An object stays open only as long as it is good. After a failure it is opened once more by its name: the file may
+//! have been repaired under it, or the server of the NAS may have changed and call every old handle stale.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -51,14 +54,24 @@ impl Objects {
         if bytes.is_empty() {
             return Ok(bytes);
         }
-        let file = self.open(store, at.holder)?;
-        let path = path(store, at.holder);
-        let position = at.offset.checked_add(offset).ok_or_else(|| short(&path))?;
-        match file.read_exact_at(&mut bytes, position) {
-            Ok(()) => Ok(bytes),
-            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Err(short(&path)),
-            Err(error) => Err(Error::io("reading", &path, error)),
+        let position = at.offset.checked_add(offset).ok_or_else(|| short(&path(store, at.holder)))?;
+        if let Err(error) = self.read_at(store, at.holder, position, &mut bytes) {
+            tracing::debug!(error = error.chain(), "an object is opened again");
+            self.read_at(store, at.holder, position, &mut bytes)?;
         }
+        Ok(bytes)
+    }
+
+    fn read_at(&self, store: &Store, holder: Holder, position: u64, bytes: &mut [u8]) -> Result<()> {
+        let file = self.open(store, holder)?;
+        file.read_exact_at(bytes, position).map_err(|error| {
+            self.files.remove(&holder);
+            let path = path(store, holder);
+            match error.kind() {
+                std::io::ErrorKind::UnexpectedEof => short(&path),
+                _ => Error::io("reading", &path, error),
+            }
+        })
     }
 
     /// The open file of an object.

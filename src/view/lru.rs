@@ -70,6 +70,15 @@ impl<K: Eq + Hash, V: Clone> Lru<K, V> {
         drop(shard);
     }
 
+    /// Forgets `key`: what was kept turned out to be useless.
+    pub(super) fn remove(&self, key: &K) {
+        let dropped; // outlives the lock
+        let mut shard = self.shard(key);
+        dropped = shard.map.pop(key);
+        shard.weight -= dropped.as_ref().map_or(0, |(weight, _)| *weight);
+        drop(shard);
+    }
+
     /// The value of `key`, or that of `make`, which is kept; two threads may both make it, then one stays.
     pub(super) fn get_or<E>(&self, key: K, make: impl FnOnce() -> Result<V, E>) -> Result<V, E> {
         if let Some(value) = self.get(&key) {
@@ -99,5 +108,8 @@ mod tests {
         assert_eq!(lru.get(&7), Some(7), "one that is heavier than the bound is kept alone");
         lru.put(8, 8);
         assert_eq!(lru.get(&7), None);
+        lru.remove(&8);
+        lru.remove(&8);
+        assert_eq!((lru.get(&8), lru.shard(&8).weight), (None, 0));
     }
 }

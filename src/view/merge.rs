@@ -6,14 +6,14 @@
 //! layer's own directory, all the way down, with no look at any other layer.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Tree;
 use super::inode::{Ino, MADE_UP_BIN, Object, Special};
 use super::version::{Layers, Part, VersionView, damaged, gone};
 use crate::environment::Digest;
-use crate::error::Result;
-use crate::store::{Node, Row, RowId};
+use crate::error::{Error, Result};
+use crate::store::{Catalog, Node, Row, RowId};
 
 /// What a directory shows beyond its layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,15 +117,15 @@ impl Tree {
         }
         let part = layers.part(index)?;
         // From the row up to its layer's root.
-        let mut way: Vec<Row> = Vec::new();
-        let mut row = part.row;
-        self.with_catalog(layers.digest(part.ord)?, |catalog| {
+        let mut way = self.with_catalog(layers.digest(part.ord)?, |catalog| {
+            let mut way: Vec<Row> = Vec::new();
+            let mut row = part.row;
             while row != 0 {
                 let found = catalog.row(row)?.filter(|r| r.node.is_dir()).ok_or_else(gone)?;
                 row = found.parent;
                 way.push(found);
             }
-            Ok(())
+            Ok(way)
         })?;
         // And down again through the merged tree, until only this layer is left.
         let mut dir = self.tree_root(view, layers, part.ord != 0)?;
@@ -306,18 +306,29 @@ impl Tree {
         Ok(entries)
     }
 
-    /// Runs `f` on the open catalog of `layer`.
-    pub(super) fn with_catalog<T>(
-        &self,
-        layer: &Digest,
-        f: impl FnOnce(&crate::store::Catalog) -> Result<T>,
-    ) -> Result<T> {
+    /// Runs `f` on the open catalog of `layer`. After a failure the catalog is opened once more by its name (it may have
+    /// been repaired, or its handle be stale) and `f` runs again.
+    pub(super) fn with_catalog<T>(&self, layer: &Digest, f: impl Fn(&Catalog) -> Result<T>) -> Result<T> {
+        match self.try_catalog(layer, &f) {
+            Err(error) if !error.is_not_found() => {
+                tracing::debug!(error = error.chain(), "a catalog is opened again");
+                self.try_catalog(layer, &f)
+            }
+            other => other,
+        }
+    }
+
+    fn try_catalog<T>(&self, layer: &Digest, f: &impl Fn(&Catalog) -> Result<T>) -> Result<T> {
         let catalog = self.catalogs.get_or(*layer, || {
             let catalog = self.store.catalog(layer).map_err(damaged)?;
-            Ok::<_, crate::error::Error>(Arc::new(std::sync::Mutex::new(catalog)))
+            Ok::<_, Error>(Arc::new(Mutex::new(catalog)))
         })?;
-        let catalog = catalog.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        f(&catalog)
+        let result = f(&catalog.lock().unwrap_or_else(PoisonError::into_inner));
+        // Not found is an answer.
+        if result.as_ref().is_err_and(|error| !error.is_not_found()) {
+            self.catalogs.remove(layer);
+        }
+        result
     }
 }
 

@@ -46,7 +46,11 @@ impl Tree {
                 let view = self.version(version)?;
                 Ok(cut(&view.metadata(&*self.layers(&view)?)?, offset, size))
             }
-            _ => self.objects.read(&self.store, &self.location(ino)?, offset, size),
+            _ => {
+                let read = self.objects.read(&self.store, &self.location(ino)?, offset, size);
+                // The catalog may have named a wrong place and have been repaired since.
+                read.inspect_err(|_| self.locations.remove(&ino))
+            }
         }
     }
 
