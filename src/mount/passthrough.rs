@@ -3,10 +3,11 @@
 //! Rules of the kernel (fs/fuse/iomode.c): while an inode has a cached handle open it cannot be opened with passthrough,
 //! and while it has a passthrough handle it takes no other backing id. So the mode is chosen at open, by what is open
 //! already, and one backing id serves an inode as long as any handle of it lives. Whatever fails, an ordinary handle is
-//! given instead.
+//! given instead; but never beside a passthrough one, because the kernel answers a mixture with EIO.
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -28,18 +29,67 @@ const LOCAL: [FsType; 4] = [
 const CACHED: FileHandle = FileHandle(1);
 const PASSED: FileHandle = FileHandle(2);
 
-#[derive(Debug, Default)]
-struct Handles {
+/// What is open of one inode: handles of one sort only.
+#[derive(Debug)]
+struct Handles<B> {
     cached: u64,
     passed: u64,
-    backing: Option<Arc<BackingId>>,
+    /// There as long as a passthrough handle is.
+    backing: Option<B>,
+}
+
+impl<B> Default for Handles<B> {
+    fn default() -> Self {
+        Handles { cached: 0, passed: 0, backing: None }
+    }
+}
+
+impl<B: Clone> Handles<B> {
+    /// Counts a new handle: with passthrough where the backing is given, else ordinary. `make` gives a backing where
+    /// one is needed and can be had.
+    fn open(&mut self, make: impl FnOnce() -> Option<B>) -> Option<B> {
+        if self.cached == 0 {
+            if self.backing.is_none() {
+                self.backing = make();
+            }
+            if let Some(backing) = &self.backing {
+                self.passed += 1;
+                return Some(backing.clone());
+            }
+        }
+        self.cached += 1;
+        None
+    }
+
+    /// Counts a handle out.
+    fn release(&mut self, handle: FileHandle) {
+        match handle {
+            CACHED => self.cached = self.cached.saturating_sub(1),
+            PASSED => self.passed = self.passed.saturating_sub(1),
+            _ => {}
+        }
+        if self.passed == 0 {
+            self.backing = None;
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.passed == 0 && self.cached == 0
+    }
+}
+
+/// True for a refusal that every file of the mount would meet: no privilege, a kernel without it, a store that lies on
+/// a stacked file system. (fs/fuse/backing.c)
+fn is_lasting(error: &io::Error) -> bool {
+    let lasting = [libc::EPERM, libc::EACCES, libc::EOPNOTSUPP, libc::ENOSYS, libc::ENOTTY, libc::ELOOP];
+    error.raw_os_error().is_some_and(|errno| lasting.contains(&errno))
 }
 
 /// What is open of files that could be opened with passthrough.
 #[derive(Debug, Default)]
 pub(super) struct Passthrough {
     enabled: AtomicBool,
-    open: Mutex<HashMap<Ino, Handles>>,
+    open: Mutex<HashMap<Ino, Handles<Arc<BackingId>>>>,
 }
 
 /// How to answer an open.
@@ -66,43 +116,71 @@ impl Passthrough {
     /// Chooses how `ino`, which is all of `file`, is opened, and counts the handle.
     pub(super) fn open(&self, ino: Ino, file: &File, size: u64, reply: &ReplyOpen) -> Mode {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let handles = open.entry(ino).or_default();
-        if handles.cached == 0 && self.is_enabled() {
-            // A blob of a wrong length is left to ordinary reads, which say so.
-            let whole = handles.backing.is_some() || file.metadata().is_ok_and(|m| m.len() == size);
-            if handles.backing.is_none() && whole {
-                match reply.open_backing(file) {
-                    Ok(backing) => handles.backing = Some(Arc::new(backing)),
-                    Err(error) => {
-                        // Not for this mount (no privilege, a stacked file system) and so not for any file of it.
-                        self.enabled.store(false, Ordering::Relaxed);
-                        tracing::info!(%error, "large files are served without passthrough");
-                    }
-                }
+        let backing = open.entry(ino).or_default().open(|| self.backing(file, size, reply));
+        backing.map_or(Mode::Cached(CACHED), |backing| Mode::Passed(PASSED, backing))
+    }
+
+    fn backing(&self, file: &File, size: u64, reply: &ReplyOpen) -> Option<Arc<BackingId>> {
+        // A blob of a wrong length is left to ordinary reads, which say so.
+        if !self.is_enabled() || !file.metadata().is_ok_and(|m| m.len() == size) {
+            return None;
+        }
+        match reply.open_backing(file) {
+            Ok(backing) => Some(Arc::new(backing)),
+            Err(error) if is_lasting(&error) => {
+                self.enabled.store(false, Ordering::Relaxed);
+                tracing::info!(%error, "large files are served without passthrough");
+                None
             }
-            if let Some(backing) = &handles.backing {
-                handles.passed += 1;
-                return Mode::Passed(PASSED, backing.clone());
+            Err(error) => {
+                tracing::debug!(%error, "a file is opened without passthrough");
+                None
             }
         }
-        handles.cached += 1;
-        Mode::Cached(CACHED)
     }
 
     /// Counts a handle out.
     pub(super) fn release(&self, ino: Ino, handle: FileHandle) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(handles) = open.get_mut(&ino) else { return };
-        match handle {
-            CACHED => handles.cached = handles.cached.saturating_sub(1),
-            PASSED => handles.passed = handles.passed.saturating_sub(1),
-            _ => return,
-        }
-        if handles.passed == 0 {
-            handles.backing = None;
-        }
-        if handles.passed == 0 && handles.cached == 0 {
+        handles.release(handle);
+        if handles.is_empty() {
             open.remove(&ino);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// What the kernel would answer with EIO: both sorts open at once, or two backings.
+        #[test]
+        fn an_inode_is_never_open_in_two_ways(steps in prop::collection::vec((any::<bool>(), any::<bool>()), 0..60)) {
+            let mut handles = Handles::default();
+            let mut open: Vec<Option<u32>> = Vec::new();
+            let mut made = 0;
+            for (opens, can_be_had) in steps {
+                if opens {
+                    let backing = handles.open(|| can_be_had.then(|| { made += 1; made }));
+                    prop_assert!(open.iter().all(|other| *other == backing), "{open:?} and {backing:?}");
+                    open.push(backing);
+                } else if let Some(backing) = open.pop() {
+                    handles.release(if backing.is_some() { PASSED } else { CACHED });
+                }
+                prop_assert_eq!(handles.is_empty(), open.is_empty());
+                prop_assert_eq!(handles.backing.is_some(), open.first().is_some_and(|b| b.is_some()));
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_refusal_that_every_file_would_meet_ends_passthrough() {
+        let lasting = |errno| is_lasting(&io::Error::from_raw_os_error(errno));
+        assert!([libc::EPERM, libc::EOPNOTSUPP, libc::ELOOP, libc::ENOTTY].into_iter().all(lasting));
+        assert!(![libc::ENOMEM, libc::ENOSPC, libc::EIO, libc::EMFILE, libc::ESTALE].into_iter().any(lasting));
     }
 }
