@@ -409,3 +409,21 @@ fn what_was_repaired_in_the_store_is_good_again_at_once() {
     replace(&path, &bytes);
     assert!(lookup(15_000).unwrap().is_some());
 }
+
+#[test]
+fn a_layer_whose_document_counts_other_rows_than_its_catalog_has_is_damaged() {
+    for (change, what) in [(-1i64, "fewer"), (3, "more")] {
+        let fixture = Fixture::new();
+        let packages = fixture.packages();
+        let path = fixture.store.layer_path(&packages[0]);
+        let mut doc: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        doc["rows"] = (doc["rows"].as_i64().unwrap() + change).into();
+        replace(&path, doc.to_string().as_bytes());
+        fixture.publish("demo/a", packages);
+        let tree = Tree::new(fixture.store.clone(), fixture.index.clone());
+        let venv = find(&tree, "demo/a/.versions/1").unwrap();
+        let error = tree.lookup(venv.ino, b".venv").and_then(|venv| tree.list(venv.unwrap().ino)).unwrap_err();
+        assert_eq!(error.errno(), libc::EIO, "{what}: {error:?}");
+        assert!(error.chain().contains("rows"), "{what}: {error:?}");
+    }
+}

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Tree;
 use super::inode::{Ino, MADE_UP_BIN, Object, Special};
-use super::version::{Layers, Part, VersionView, damaged, gone};
+use super::version::{Layers, Part, VersionView, damaged, gone, more_rows};
 use crate::environment::Digest;
 use crate::error::{Error, Result};
 use crate::store::{Catalog, Node, Row, RowId};
@@ -321,6 +321,11 @@ impl Tree {
     fn try_catalog<T>(&self, layer: &Digest, f: &impl Fn(&Catalog) -> Result<T>) -> Result<T> {
         let catalog = self.catalogs.get_or(*layer, || {
             let catalog = self.store.catalog(layer).map_err(damaged)?;
+            // Directories are numbered by what the documents count.
+            let doc = self.index.layer(&self.store, layer).map_err(damaged)?;
+            if doc.rows != catalog.len() {
+                return Err(more_rows(&doc));
+            }
             Ok::<_, Error>(Arc::new(Mutex::new(catalog)))
         })?;
         let result = f(&catalog.lock().unwrap_or_else(PoisonError::into_inner));

@@ -60,7 +60,12 @@ impl Layers {
 
     /// The index of a directory whose lowest part is `part`.
     pub(super) fn index(&self, part: Part) -> Result<u32> {
-        self.bases.get(part.ord as usize).map(|base| base + part.row).ok_or_else(gone)
+        let (base, doc) = self.bases.get(part.ord as usize).zip(self.docs.get(part.ord as usize)).ok_or_else(gone)?;
+        // A row beyond what the document counts would get the number of another layer's directory.
+        if part.row >= doc.rows {
+            return Err(more_rows(doc));
+        }
+        base.checked_add(part.row).ok_or_else(gone)
     }
 
     /// The part that `index` stands for.
@@ -76,6 +81,12 @@ impl Layers {
 /// What an inode number gets that names nothing (a layer's document that changed under its digest, a forged number).
 pub(super) fn gone() -> Error {
     Error::new(Kind::NotFound, "no such inode in this view")
+}
+
+/// A catalog that has not as many rows as the layer's document counts.
+pub(super) fn more_rows(doc: &LayerDoc) -> Error {
+    let what = format!("layer {} does not have the {} rows that its document counts", doc.digest.short(), doc.rows);
+    Error::new(Kind::Corrupt, what).hint("run `envfabric fsck`")
 }
 
 /// See the module.
