@@ -1,9 +1,20 @@
 //! What `/proc/<pid>/mountinfo` says, and where in it a directory of ours is to be reached.
 //!
-//! Pure functions of the text; see proc_pid_mountinfo(5).
+//! Pure functions of the text; see proc_pid_mountinfo(5). The text is another's to make: whoever may mount in a user
+//! namespace writes as many lines as `/proc/sys/fs/mount-max` allows, and a session thread reads them. So the work is
+//! bounded ([`TEXT_MAX`], [`CANDIDATES_MAX`], [`DEPTH_MAX`]), and beyond that nothing is reached.
 
+use std::collections::HashMap;
+use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+
+/// A longer text is not looked at, in bytes: some 10,000 mounts.
+pub const TEXT_MAX: usize = 1 << 20;
+/// With more mounts that show one directory, none is chosen.
+const CANDIDATES_MAX: usize = 64;
+/// Mounts that stand on one another.
+const DEPTH_MAX: usize = 64;
 
 /// One line of a mountinfo.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +40,14 @@ impl MountLine {
     pub fn mount_point_path(&self) -> PathBuf {
         std::ffi::OsString::from_vec(self.mount_point.clone()).into()
     }
+}
+
+/// The text of `file`; none when it is longer than [`TEXT_MAX`] or cannot be read.
+pub fn read(file: &Path) -> Option<Vec<u8>> {
+    let mut text = Vec::new();
+    let file = std::fs::File::open(file).ok()?;
+    file.take(TEXT_MAX as u64 + 1).read_to_end(&mut text).ok()?;
+    (text.len() <= TEXT_MAX).then_some(text)
 }
 
 /// Reads the text of a mountinfo, in its order; lines that cannot be understood are left out.
@@ -95,38 +114,77 @@ fn join(base: &[u8], rest: &[u8]) -> Vec<u8> {
 /// Where the process that sees `mounts` reaches directory `inside` (a path inside the file system on device `dev`).
 ///
 /// Mounts that another mount hides are only taken when there is no other; among the rest the one at `preferred` is
-/// taken where it is there, else the first. None when no mount of the device reaches the directory.
+/// taken where it is there, else the first. None when no mount of the device reaches the directory, or too many do.
 pub fn reach(mounts: &[MountLine], dev: (u32, u32), inside: &[u8], preferred: &Path) -> Option<Vec<u8>> {
     use std::os::unix::ffi::OsStrExt;
     let preferred = preferred.as_os_str().as_bytes();
-    let candidates = mounts.iter().enumerate().filter(|(_, mount)| mount.dev == dev).filter_map(|(at, mount)| {
-        let path = join(&mount.mount_point, below(inside, &mount.root)?);
-        let rank = (is_hidden(mounts, at, &path), mount.mount_point != preferred, at);
-        Some((rank, path))
-    });
-    candidates.min_by_key(|(rank, _)| *rank).map(|(_, path)| path)
+    let shows = |(at, mount): (usize, &MountLine)| {
+        let inside = below(inside, &mount.root).filter(|_| mount.dev == dev)?;
+        Some((at, join(&mount.mount_point, inside)))
+    };
+    let candidates: Vec<_> = mounts.iter().enumerate().filter_map(shows).take(CANDIDATES_MAX + 1).collect();
+    if candidates.is_empty() || candidates.len() > CANDIDATES_MAX {
+        return None;
+    }
+    let standing = Standing::of(mounts);
+    let mut best = None;
+    for (at, path) in candidates {
+        let rank = (standing.is_hidden(at, &path)?, mounts[at].mount_point != preferred, at);
+        if best.as_ref().is_none_or(|(least, _)| rank < *least) {
+            best = Some((rank, path));
+        }
+    }
+    best.map(|(_, path)| path)
 }
 
-/// True when something is mounted over `path`, which mount number `at` shows, or over a directory on the way to it.
-fn is_hidden(mounts: &[MountLine], at: usize, path: &[u8]) -> bool {
-    let covers = |mount: &MountLine, path: &[u8], other: &MountLine| {
-        other.parent == mount.id && other.id != mount.id && below(path, &other.mount_point).is_some()
-    };
-    if mounts.iter().any(|other| covers(&mounts[at], path, other)) {
-        return true;
-    }
-    // Up through the mounts that this one stands on: a sibling that came later may lie over the way to it. The count
-    // ends it even where a damaged text makes a circle.
-    let mut at = at;
-    for _ in 0..mounts.len() {
-        let mount = &mounts[at];
-        let Some(on) = mounts.iter().position(|m| m.id == mount.parent && m.id != mount.id) else { return false };
-        if mounts.iter().skip(at + 1).any(|other| covers(&mounts[on], &mount.mount_point, other)) {
-            return true;
+/// Which mount stands on which.
+struct Standing<'m> {
+    mounts: &'m [MountLine],
+    by_id: HashMap<u32, usize>,
+    /// Ascending.
+    children: HashMap<u32, Vec<usize>>,
+}
+
+impl<'m> Standing<'m> {
+    fn of(mounts: &'m [MountLine]) -> Self {
+        let mut by_id = HashMap::with_capacity(mounts.len());
+        let mut children: HashMap<u32, Vec<usize>> = HashMap::new();
+        for (at, mount) in mounts.iter().enumerate() {
+            by_id.entry(mount.id).or_insert(at);
+            if mount.parent != mount.id {
+                children.entry(mount.parent).or_default().push(at);
+            }
         }
-        at = on;
+        Standing { mounts, by_id, children }
     }
-    false
+
+    /// True when something that comes after mount `after` and stands on mount `on` lies over `path`.
+    fn is_covered(&self, on: u32, path: &[u8], after: Option<usize>) -> bool {
+        let children = self.children.get(&on).map(Vec::as_slice).unwrap_or_default();
+        let mut children = children.iter().filter(|at| after.is_none_or(|after| **at > after));
+        children.any(|at| below(path, &self.mounts[*at].mount_point).is_some())
+    }
+
+    /// True when something is mounted over `path`, which mount number `at` shows, or over a directory on the way to it.
+    /// None when too many mounts stand on one another to say.
+    fn is_hidden(&self, mut at: usize, path: &[u8]) -> Option<bool> {
+        if self.is_covered(self.mounts[at].id, path, None) {
+            return Some(true);
+        }
+        // Up through the mounts that this one stands on: a sibling that came later may lie over the way to it. The
+        // count ends it even where a damaged text makes a circle.
+        for _ in 0..DEPTH_MAX {
+            let mount = &self.mounts[at];
+            let Some(on) = self.by_id.get(&mount.parent).filter(|_| mount.parent != mount.id) else {
+                return Some(false);
+            };
+            if self.is_covered(mount.parent, &mount.mount_point, Some(at)) {
+                return Some(true);
+            }
+            at = *on;
+        }
+        None
+    }
 }
 
 #[cfg(test)]
@@ -196,5 +254,28 @@ mod tests {
             let found = reach(&mounts, (0, 57), b"/wf/node/.versions/3", Path::new("/mnt")).unwrap();
             assert_eq!(String::from_utf8(found).unwrap(), expected, "{name}");
         }
+    }
+
+    #[test]
+    fn beyond_the_bounds_nothing_is_reached() {
+        let ours = |i: u32, parent: u32| format!("{i} {parent} 0:57 / /m rw - f x x\n");
+        let reached =
+            |text: &str| reach(&parse(text.as_bytes()), (0, 57), b"/wf/node/.versions/3", Path::new("/m")).is_some();
+        let lines = |line: &dyn Fn(u32) -> String| BASE.to_string() + &(30..20_030).map(line).collect::<String>();
+        assert!(!reached(&lines(&|i| ours(i, 21))), "side by side");
+        assert!(!reached(&lines(&|i| ours(i, i.max(31) - 1))), "one on the other");
+        let others = |i| format!("{i} {} 0:9 / /m/{i} rw - t t t\n", if i == 30 { 21 } else { i - 1 });
+        assert!(!reached(&(lines(&others) + &ours(20_030, 20_029))), "on top of others");
+        assert!(
+            reached(&(lines(&|i| format!("{i} 21 0:9 / /x/{i} rw - t t t\n")) + &ours(20_030, 21))),
+            "beside others"
+        );
+        assert!(!reached("30 31 0:57 / /m rw - f x x\n31 30 0:9 / /a rw - t t t\n"), "in a circle");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), lines(&|i| format!("{i} 21 0:57 /wf/node /a/rather/long/name{i} rw - f x x\n")))
+            .unwrap();
+        assert_eq!(read(file.path()), None);
+        std::fs::write(file.path(), BASE).unwrap();
+        assert_eq!(read(file.path()).as_deref(), Some(BASE.as_bytes()));
     }
 }
