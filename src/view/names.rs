@@ -1,7 +1,8 @@
 //! The names outside versions: which workflows, nodes and versions there are, and which version is current.
 //!
 //! They come from the store and are kept in memory: an answer is fresh for [`FRESH`], then the store is asked again by
-//! whoever needs it next. When the store cannot be read, the last answer stays. Every change that a reading brings to
+//! whoever needs it next. When the store cannot be read, the last answer stays, nothing counts as changed, and the log
+//! is told once ([`Outage`]). Every change that a reading brings to
 //! light is queued for whoever tells the kernel ([`Names::take_changes`]), and lets the modification time of the
 //! directory that shows it grow.
 //!
@@ -11,6 +12,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -53,6 +55,28 @@ struct Cell<T> {
     mtime: Time,
     read: Instant,
     asked: Instant,
+    /// The last reading failed.
+    failing: bool,
+}
+
+/// Whether the store answers, so that an outage is told once and not several times a second.
+#[derive(Debug, Default)]
+struct Outage {
+    /// Something that could be read before cannot be read now.
+    on: AtomicBool,
+}
+
+impl Outage {
+    /// A reading failed; true when that is to be told: the first failure of all.
+    fn begins(&self, was_failing: bool) -> bool {
+        // What goes on failing while the rest is read (one damaged document) is no outage.
+        !was_failing && !self.on.swap(true, Ordering::Relaxed)
+    }
+
+    /// A reading succeeded; true when that ends what was told.
+    fn ends(&self, was_failing: bool) -> bool {
+        self.on.swap(false, Ordering::Relaxed) && was_failing
+    }
 }
 
 /// Answers by key. A cell's own lock is held while the store is read, so that only those wait who ask for the same.
@@ -103,6 +127,7 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
         key: &K,
         age: Age,
         ask: bool,
+        outage: &Outage,
         read: impl FnOnce(Option<&T>) -> Result<Option<T>>,
         changed: impl FnOnce(),
     ) -> Result<Option<Known<T>>> {
@@ -110,7 +135,7 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
         let Some(cell) = cell else {
             let Some(value) = read(None)? else { return Ok(None) };
             let now = Instant::now();
-            let cell = Cell { value: Arc::new(value), mtime: time_now(), read: now, asked: now };
+            let cell = Cell { value: Arc::new(value), mtime: time_now(), read: now, asked: now, failing: false };
             // Whoever came first is kept, so that everyone is told the same time.
             let kept = lock(&self.0).entry(key.clone()).or_insert_with(|| Arc::new(Mutex::new(cell))).clone();
             let kept = lock(&kept);
@@ -122,14 +147,25 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
         }
         if age == Age::Now || (age == Age::Fresh && cell.read.elapsed() >= FRESH) {
             match read(Some(&cell.value)) {
-                Ok(Some(value)) if value != *cell.value => {
-                    cell.value = Arc::new(value);
-                    cell.mtime = later_than(cell.mtime);
-                    changed();
+                // A directory that is not there (any more) says nothing about the store.
+                Ok(None) => {}
+                Ok(Some(value)) => {
+                    if value != *cell.value {
+                        cell.value = Arc::new(value);
+                        cell.mtime = later_than(cell.mtime);
+                        changed();
+                    }
+                    if outage.ends(cell.failing) {
+                        tracing::info!("the store answers again");
+                    }
+                    cell.failing = false;
                 }
-                Ok(_) => {}
                 Err(error) => {
-                    tracing::warn!(error = error.chain(), "the store does not answer; the names known last are shown");
+                    if outage.begins(cell.failing) {
+                        let error = error.chain();
+                        tracing::warn!(error, "the store does not answer; the names known last are shown");
+                    }
+                    cell.failing = true;
                 }
             }
             cell.read = Instant::now();
@@ -174,6 +210,9 @@ pub(super) struct Names {
     /// Environments of which a version was shown.
     used: Mutex<HashSet<EnvName>>,
     changes: Mutex<Vec<NameChange>>,
+    outage: Outage,
+    /// Environments that could not be read when they were to be listed first, and that was told.
+    unreadable: Mutex<HashSet<EnvName>>,
 }
 
 impl Names {
@@ -196,6 +235,8 @@ impl Names {
             witness: Mutex::default(),
             used: Mutex::default(),
             changes: Mutex::default(),
+            outage: Outage::default(),
+            unreadable: Mutex::default(),
         }
     }
 
@@ -243,7 +284,7 @@ impl Names {
                 }
             }))
         };
-        let known = self.workflows.get(&(), age, ask, read, || self.note(NameChange::Workflows))?;
+        let known = self.workflows.get(&(), age, ask, &self.outage, read, || self.note(NameChange::Workflows))?;
         Ok(known.unwrap_or_else(|| Known { value: Arc::new(Vec::new()), mtime: (0, 0) }))
     }
 
@@ -265,16 +306,25 @@ impl Names {
             }))
         };
         let changed = || self.note(NameChange::Nodes(workflow.into()));
-        let known = self.nodes.get(&workflow.to_string(), age, ask, read, changed)?;
+        let known = self.nodes.get(&workflow.to_string(), age, ask, &self.outage, read, changed)?;
         Ok(known.unwrap_or_else(|| Known { value: Arc::new(Vec::new()), mtime: (0, 0) }))
     }
 
     fn is_listed(&self, workflow: &str, node: &str, age: Age, ask: bool) -> bool {
         let Ok(name) = EnvName::new(workflow, node) else { return false };
         match self.env_asked(&name, age, ask) {
-            Ok(env) => env.is_some_and(|env| env.listed),
+            Ok(env) => {
+                let mut unreadable = lock(&self.unreadable);
+                if !unreadable.is_empty() {
+                    unreadable.remove(&name);
+                }
+                env.is_some_and(|env| env.listed)
+            }
             Err(error) => {
-                tracing::warn!(environment = %name, error = error.chain(), "an environment cannot be listed");
+                // Asked again with every listing.
+                if lock(&self.unreadable).insert(name.clone()) {
+                    tracing::warn!(environment = %name, error = error.chain(), "an environment cannot be listed");
+                }
                 false
             }
         }
@@ -327,7 +377,7 @@ impl Names {
             }
         };
         let changed = || self.note(NameChange::Current(name.clone()));
-        let Some(known) = self.pointers.get(name, age, ask, read, changed)? else { return Ok(None) };
+        let Some(known) = self.pointers.get(name, age, ask, &self.outage, read, changed)? else { return Ok(None) };
         let listed = known.value.now.is_some();
         let current = known.value.last.filter(|_| listed || lock(&self.used).contains(name));
         Ok(current.map(|current| Env { current, listed, mtime: known.mtime }))
@@ -339,14 +389,17 @@ impl Names {
     }
 
     fn versions_asked(&self, name: &EnvName, age: Age, ask: bool) -> Result<Known<Vec<u64>>> {
-        let read = |_: Option<&Vec<u64>>| {
-            Ok(Some(match &self.source {
+        let read = |before: Option<&Vec<u64>>| {
+            let numbers = match &self.source {
                 Source::Draft(draft) => vec![draft.number],
                 Source::Store(store) => store.version_numbers(name)?,
-            }))
+            };
+            // Versions do not all go at once, not even when the environment is removed: the directory is away.
+            let away = numbers.is_empty() && before.is_some_and(|before| !before.is_empty());
+            Ok(Some(numbers).filter(|_| !away))
         };
         let changed = || self.note(NameChange::Versions(name.clone()));
-        let known = self.versions.get(name, age, ask, read, changed)?;
+        let known = self.versions.get(name, age, ask, &self.outage, read, changed)?;
         Ok(known.unwrap_or_else(|| Known { value: Arc::new(Vec::new()), mtime: (0, 0) }))
     }
 
@@ -383,13 +436,14 @@ mod tests {
     #[test]
     fn an_answer_stays_when_the_store_does_not_answer() {
         let cells: Cells<u8, u32> = Cells::new();
+        let outage = Outage::default();
         let get = |answer: Result<Option<u32>>| {
             let mut changed = false;
             let stale = Instant::now().checked_sub(FRESH * 2).unwrap();
             if let Some(cell) = lock(&cells.0).get(&1) {
                 lock(cell).read = stale;
             }
-            let known = cells.get(&1, Age::Fresh, true, |_| answer, || changed = true);
+            let known = cells.get(&1, Age::Fresh, true, &outage, |_| answer, || changed = true);
             (known.ok().flatten().map(|k| (*k.value, k.mtime)), changed)
         };
         let failed = || Err(Error::new(Kind::Os(libc::EIO), "no"));
@@ -400,6 +454,23 @@ mod tests {
         assert_eq!(get(Ok(Some(1))), (first, false));
         let (second, changed) = get(Ok(Some(2)));
         assert!(changed && second.unwrap().1 > first.unwrap().1);
-        assert_eq!(cells.get(&1, Age::Fresh, true, |_| panic!("it is fresh"), || ()).unwrap().unwrap().value, 2.into());
+        assert_eq!(
+            cells.get(&1, Age::Fresh, true, &outage, |_| panic!("it is fresh"), || ()).unwrap().unwrap().value,
+            2.into()
+        );
+    }
+
+    #[test]
+    fn an_outage_is_told_once_and_so_is_its_end() {
+        let outage = Outage::default();
+        // Two names, each asked many times; then the store is back; then the same once more.
+        for _ in 0..2 {
+            let told = (0..10).map(|i| (outage.begins(i > 0), outage.begins(i > 0))).filter(|t| *t != (false, false));
+            assert_eq!(told.collect::<Vec<_>>(), [(true, false)]);
+            assert_eq!([outage.ends(true), outage.ends(true), outage.ends(false)], [true, false, false]);
+        }
+        // One name that always fails among others that do not.
+        let told = (0..10).map(|i| (outage.begins(i > 0), outage.ends(false))).filter(|(begins, _)| *begins);
+        assert_eq!(told.count(), 1);
     }
 }
