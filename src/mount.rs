@@ -16,10 +16,11 @@ mod passthrough;
 mod refresh;
 mod table;
 
+use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use fuser::{Config, Session, SessionACL};
+use fuser::{Config, Generation, Session, SessionACL};
 use signal_hook::iterator::Signals;
 
 pub use attach::{preflight, umount};
@@ -99,6 +100,8 @@ fn serve(tree: Tree, options: &Options) -> Result<Mounted> {
         owner: (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()),
         try_passthrough: options.passthrough && attach::is_root() && passthrough::is_local(tree.store()),
         passthrough: Passthrough::default(),
+        // 32 bits are what the kernel keeps; 0 would be everybody's.
+        generation: Generation(RandomState::new().hash_one(&dir) & u64::from(u32::MAX) | 1),
     };
     let mut config = Config::default();
     config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };

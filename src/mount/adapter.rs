@@ -41,6 +41,9 @@ pub(super) struct Adapter {
     /// Ask the kernel for passthrough.
     pub(super) try_passthrough: bool,
     pub(super) passthrough: Passthrough,
+    /// Part of every file handle (`name_to_handle_at`): the numbers of another mount name other files, so a handle of
+    /// it must not be taken for one of ours.
+    pub(super) generation: Generation,
 }
 
 fn ino(number: INodeNo) -> Ino {
@@ -142,7 +145,6 @@ impl Filesystem for Adapter {
             InitFlags::FUSE_CACHE_SYMLINKS,
             InitFlags::FUSE_AUTO_INVAL_DATA,
             InitFlags::FUSE_NO_OPENDIR_SUPPORT,
-            InitFlags::FUSE_EXPORT_SUPPORT,
         ];
         for flag in wanted {
             // An older kernel goes without.
@@ -167,7 +169,7 @@ impl Filesystem for Adapter {
         }
         self.note_asked(parent);
         match self.ask(|tree| tree.lookup(ino(parent), name.as_bytes())) {
-            Ok(Some(attr)) => reply.entry(&ttl(attr.lasting), &self.file_attr(&attr), Generation(0)),
+            Ok(Some(attr)) => reply.entry(&ttl(attr.lasting), &self.file_attr(&attr), self.generation),
             Ok(None) => {
                 // Inode 0: there is no such name, and the kernel may remember that.
                 let inside = Adapter::is_inside_version(parent);
@@ -180,7 +182,7 @@ impl Filesystem for Adapter {
                     mtime: (0, 0),
                     lasting: inside,
                 };
-                reply.entry(if inside { &LASTING } else { &NEVER }, &self.file_attr(&nothing), Generation(0));
+                reply.entry(if inside { &LASTING } else { &NEVER }, &self.file_attr(&nothing), self.generation);
             }
             Err(errno) => reply.error(errno),
         }
@@ -296,7 +298,7 @@ impl Filesystem for Adapter {
             // What cannot be told now is asked for when somebody needs it, and fails there.
             let valid = known.as_ref().map_or(NEVER, |attr| ttl(attr.lasting));
             let attr = self.file_attr(&known.unwrap_or(unknown));
-            reply.add(attr.ino, next, OsStr::from_bytes(entry.name), &valid, &attr, Generation(0))
+            reply.add(attr.ino, next, OsStr::from_bytes(entry.name), &valid, &attr, self.generation)
         });
         match filled {
             Ok(()) => reply.ok(),
