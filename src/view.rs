@@ -97,12 +97,15 @@ pub struct Attr {
 
 #[derive(Debug, Clone)]
 struct DirEntry {
+    /// See [`EntryRef::offset`].
+    offset: u64,
     name: Vec<u8>,
     ino: Ino,
     kind: FileKind,
 }
 
-/// A directory as it was at one time, `.` and `..` first, the rest sorted: positions in it are offsets.
+/// A directory as it was at one time, `.` and `..` first, the rest in order of offset. Inside a version that is also the
+/// order of names.
 #[derive(Debug, Clone)]
 pub struct Listing {
     head: [DirEntry; 2],

@@ -427,3 +427,42 @@ fn a_layer_whose_document_counts_other_rows_than_its_catalog_has_is_damaged() {
         assert!(error.chain().contains("rows"), "{what}: {error:?}");
     }
 }
+
+#[test]
+fn who_lists_a_directory_in_parts_meets_every_name_once_while_others_come_and_go() {
+    let fixture = Fixture::new();
+    let names: Vec<String> = (0..40).map(|i| format!("n{i:02}")).collect();
+    let publish = |name: &str| fixture.publish(&format!("demo/{name}"), vec![]);
+    for name in &names {
+        publish(name);
+    }
+    let tree = Tree::new(fixture.store.clone(), fixture.index.clone());
+    let dir = find(&tree, "demo").unwrap().ino;
+    let mut met: Vec<String> = Vec::new();
+    let mut offset = 0;
+    for step in 0.. {
+        std::thread::sleep(envfabric::view::FRESH + std::time::Duration::from_millis(20));
+        let listing = tree.list(dir).unwrap();
+        let offsets: Vec<u64> = (0..listing.len()).map(|at| listing.get(at).unwrap().offset).collect();
+        assert!(offsets.windows(2).all(|w| w[0] < w[1]));
+        let from = listing.behind(offset);
+        if from >= listing.len() {
+            break;
+        }
+        for at in from..listing.len().min(from + 9) {
+            let entry = listing.get(at).unwrap();
+            met.push(String::from_utf8(entry.name.to_vec()).unwrap());
+            offset = entry.offset;
+        }
+        // One that was met and one that was not go away, and others come before and behind the place.
+        fixture.store.remove(&fixture.name(&format!("demo/n{:02}", step * 2))).unwrap();
+        fixture.store.remove(&fixture.name(&format!("demo/n{:02}", 39 - step))).unwrap();
+        publish(&format!("a{step}"));
+        publish(&format!("z{step}"));
+    }
+    let all: BTreeSet<&String> = met.iter().collect();
+    assert_eq!(all.len(), met.len(), "{met:?}");
+    for name in names.iter().filter(|name| find(&tree, &format!("demo/{name}")).is_some()) {
+        assert!(met.contains(name), "{name} is missing in {met:?}");
+    }
+}

@@ -125,10 +125,9 @@ impl Adapter {
     ) -> Result<(), Errno> {
         self.note_asked(number);
         let listing = self.ask(|tree| tree.list(ino(number)))?;
-        let from = usize::try_from(offset).unwrap_or(usize::MAX);
-        for at in from..listing.len() {
+        for at in listing.behind(offset)..listing.len() {
             let Some(entry) = listing.get(at) else { break };
-            if add(at as u64 + 1, entry, &|| self.tree.entry_attr(&listing, at)) {
+            if add(entry.offset, entry, &|| self.tree.entry_attr(&listing, at)) {
                 break;
             }
         }

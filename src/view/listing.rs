@@ -7,8 +7,8 @@ use super::*;
 impl Tree {
     /// Everything in directory `dir`.
     pub fn list(&self, dir: Ino) -> Result<Listing> {
-        let here = |name: &str, ino| DirEntry { name: name.into(), ino, kind: FileKind::Dir };
-        let head = [here(".", dir), here("..", self.parent(dir)?)];
+        let here = |offset, name: &str, ino| DirEntry { offset, name: name.into(), ino, kind: FileKind::Dir };
+        let head = [here(1, ".", dir), here(2, "..", self.parent(dir)?)];
         let rest = match dir.decode().ok_or_else(gone)? {
             Object::Dir { version, index } => {
                 let view = self.version(version)?;
@@ -33,8 +33,9 @@ impl Tree {
                 for number in self.names.versions(&env, Age::Fresh)?.value.iter() {
                     let version = self.version_slots.ensure(&(env.clone(), *number))?;
                     let ino = Ino::encode(Object::Special { version, special: Special::Root })?;
-                    entries.push(here(&number.to_string(), ino));
+                    entries.push(here(slot_offset(version), &number.to_string(), ino));
                 }
+                entries.sort_unstable_by_key(|entry| entry.offset);
                 Rest::Moving(Arc::new(entries))
             }
             Object::Special { version, special: Special::Root } => {
@@ -43,7 +44,7 @@ impl Tree {
                 for name in root_names(&view) {
                     if let Some(ino) = self.root_entry(&view, name.as_bytes())? {
                         let kind = if name == ".venv" || name == ".python" { FileKind::Dir } else { FileKind::File };
-                        entries.push(DirEntry { name: name.into_bytes(), ino, kind });
+                        entries.push(DirEntry { offset: entries.len() as u64 + 3, name: name.into_bytes(), ino, kind });
                     }
                 }
                 Rest::Moving(Arc::new(entries))
@@ -57,13 +58,16 @@ impl Tree {
         let entry = |name: &String| -> Result<DirEntry> {
             let slot = self.name_slots.ensure(&key(name)?)?;
             let ino = Ino::encode(Object::Name { slot })?;
-            Ok(DirEntry { name: name.clone().into_bytes(), ino, kind: FileKind::Dir })
+            Ok(DirEntry { offset: slot_offset(slot), name: name.clone().into_bytes(), ino, kind: FileKind::Dir })
         };
-        Ok(Arc::new(names.iter().map(entry).collect::<Result<_>>()?))
+        let mut entries: Vec<_> = names.iter().map(entry).collect::<Result<_>>()?;
+        entries.sort_unstable_by_key(|entry| entry.offset);
+        Ok(Arc::new(entries))
     }
 
     fn node_entries(&self, slot: u32, env: &EnvName) -> Result<Arc<Vec<DirEntry>>> {
         let mut entries = vec![DirEntry {
+            offset: slot_offset(0),
             name: b".versions".to_vec(),
             ino: Ino::encode(Object::Versions { slot })?,
             kind: FileKind::Dir,
@@ -72,10 +76,11 @@ impl Tree {
             let view = self.version_of(env, current.current)?;
             for (name, special) in node_links(&view) {
                 let ino = merge::special(&view, special)?;
-                entries.push(DirEntry { name: name.into_bytes(), ino, kind: FileKind::Symlink });
+                let offset = slot_offset(special as u32);
+                entries.push(DirEntry { offset, name: name.into_bytes(), ino, kind: FileKind::Symlink });
             }
         }
-        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        entries.sort_unstable_by_key(|entry| entry.offset);
         Ok(Arc::new(entries))
     }
 
@@ -152,6 +157,12 @@ impl Tree {
     }
 }
 
+/// Where a listing that changes goes on behind the entry in `slot`: a slot is its entry's for ever, so between two calls
+/// others may come and go.
+fn slot_offset(slot: u32) -> u64 {
+    u64::from(slot) + 3
+}
+
 fn root_names(view: &VersionView) -> Vec<String> {
     let mut names = vec![".venv".to_string(), ".python".to_string(), "metadata.json".to_string()];
     names.extend([Special::Lock, Special::Project].iter().filter_map(|s| view.document(*s)).map(|d| d.name.clone()));
@@ -173,6 +184,14 @@ impl Listing {
         false
     }
 
+    /// The first entry behind `offset`, which is 0 or an [`EntryRef::offset`] of this directory, then or earlier.
+    pub fn behind(&self, offset: u64) -> usize {
+        match &self.rest {
+            Rest::Moving(entries) if offset >= 2 => 2 + entries.partition_point(|entry| entry.offset <= offset),
+            _ => usize::try_from(offset).unwrap_or(usize::MAX),
+        }
+    }
+
     /// Entry `at`: name, where it leads, what that is.
     pub fn get(&self, at: usize) -> Option<EntryRef<'_>> {
         let Some(behind) = at.checked_sub(2) else {
@@ -181,6 +200,7 @@ impl Listing {
         match &self.rest {
             Rest::Moving(entries) => entries.get(behind).map(EntryRef::of),
             Rest::Lasting(content, _) => content.entries.get(behind).map(|entry| EntryRef {
+                offset: at as u64 + 1,
                 name: &entry.name,
                 ino: entry.ino,
                 kind: match entry.what {
@@ -197,6 +217,8 @@ impl Listing {
 /// One name in a [`Listing`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EntryRef<'l> {
+    /// Where a listing goes on behind it, above 0; grows from entry to entry.
+    pub offset: u64,
     /// One path component, `.` or `..`.
     pub name: &'l [u8],
     /// Where it leads.
@@ -207,6 +229,6 @@ pub struct EntryRef<'l> {
 
 impl<'l> EntryRef<'l> {
     fn of(entry: &'l DirEntry) -> Self {
-        EntryRef { name: &entry.name, ino: entry.ino, kind: entry.kind }
+        EntryRef { offset: entry.offset, name: &entry.name, ino: entry.ino, kind: entry.kind }
     }
 }
