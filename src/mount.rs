@@ -25,7 +25,7 @@ use signal_hook::iterator::Signals;
 
 pub use attach::{preflight, umount};
 pub use passthrough::is_local;
-pub use table::{MountInfo, mounts};
+pub use table::{MountInfo, find, mounts};
 
 use crate::environment::Version;
 use crate::error::{Error, IoContext, Kind, Result};

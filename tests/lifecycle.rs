@@ -15,7 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use common::*;
-use envfabric::mount::{Ended, Options, mount, mounts, umount};
+use envfabric::mount::{Ended, Options, find, mount, mounts, umount};
 use envfabric::store::{Index, Store};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -165,6 +165,10 @@ fn a_stale_mount_is_told_and_umount_clears_it() {
     server.signal(Signal::SIGKILL);
     server.ends_with();
     assert_eq!(fs::metadata(&dir).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
+    std::os::unix::fs::symlink("m", fixture.dir.path().join("link")).unwrap();
+    for path in [dir.clone(), fixture.dir.path().join("./link"), fixture.dir.path().join("m/")] {
+        assert_eq!(find(&path).unwrap().map(|mount| mount.store).as_deref(), Some(fixture.store.root()));
+    }
     let options = Options::at(&dir);
     let error = mount(fixture.store.clone(), fixture.index.clone(), &options).map(drop).unwrap_err();
     let text = format!("{error:?}");

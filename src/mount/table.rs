@@ -5,13 +5,16 @@ use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-use crate::error::{IoContext, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::view::mountinfo::{self, MountLine};
 
 /// File system type of our mounts.
 pub(super) const FS_TYPE: &str = "fuse.envfabric";
 /// The source of a mount is this and the path of the store.
 pub(super) const SOURCE: &str = "envfabric:";
+
+/// Symbolic links that are followed to a mount point, as many as the kernel follows.
+const LINKS_MAX: usize = 40;
 
 /// A mount of ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,23 +58,34 @@ pub(super) fn on_top(dir: &Path) -> Result<Option<MountLine>> {
     Ok(lines()?.into_iter().rfind(|line| line.mount_point_path() == dir))
 }
 
+/// The mount of ours at `dir`, where there is one: a whole one, and not a part of one that is bound there.
+///
+/// A dead mount is found, too: nothing that is mounted at `dir` is asked.
+pub fn find(dir: &Path) -> Result<Option<MountInfo>> {
+    let here = absolute(dir)?;
+    let mount = on_top(&here)?.and_then(|line| ours(&line));
+    Ok(mount.filter(|mount| mount.root == Path::new("/")))
+}
+
 /// `dir` as the kernel lists it, without asking the file system that is mounted there: it may be dead.
 pub(super) fn absolute(dir: &Path) -> Result<PathBuf> {
-    let dir = std::path::absolute(dir).at("finding", dir)?;
-    match (dir.parent(), dir.file_name()) {
-        (Some(parent), Some(name)) if name != ".." => match parent.canonicalize() {
-            Ok(parent) => {
-                let here = parent.join(name);
-                // A symbolic link to the mount point; to read one never asks what it points to.
-                match fs::read_link(&here) {
-                    Ok(target) => absolute(&parent.join(target)),
-                    Err(_) => Ok(here),
-                }
-            }
-            Err(_) => Ok(dir),
-        },
-        _ => Ok(dir),
+    let mut at = std::path::absolute(dir).at("finding", dir)?;
+    for _ in 0..LINKS_MAX {
+        let (parent, name) = match (at.parent(), at.file_name()) {
+            (Some(parent), Some(name)) => match parent.canonicalize() {
+                Ok(parent) => (parent, name),
+                Err(_) => return Ok(at),
+            },
+            _ => return Ok(at),
+        };
+        let here = parent.join(name);
+        // A symbolic link to the mount point; to read one never asks what it points to.
+        match fs::read_link(&here) {
+            Ok(target) => at = parent.join(target),
+            Err(_) => return Ok(here),
+        }
     }
+    Err(Error::io("finding", dir, std::io::Error::from_raw_os_error(libc::ELOOP)))
 }
 
 /// A process that uses a mount.
@@ -117,5 +131,38 @@ fn command(pid: u32) -> String {
     match text.trim() {
         "" => fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_string(),
         text => text.chars().take(60).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_mount_point_is_found_through_links_and_a_circle_of_them_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        fs::create_dir_all(root.join("a/b")).unwrap();
+        let links = [("l1", "a/b"), ("l2", "l1"), ("a/up", "../l2"), ("whole", "a"), ("c1", "c2"), ("c2", "c1")];
+        links.iter().for_each(|(name, target)| symlink(target, root.join(name)).unwrap());
+        symlink(root.join("a/b"), root.join("absolute")).unwrap();
+        let table = [
+            ("a/b", "a/b"),
+            ("a/./b/", "a/b"),
+            ("l2", "a/b"),
+            ("a/up", "a/b"),
+            ("absolute", "a/b"),
+            ("whole/b", "a/b"),
+            ("a/missing", "a/missing"),
+            ("missing/x", "missing/x"),
+        ];
+        for (given, expected) in table {
+            assert_eq!(absolute(&root.join(given)).unwrap(), root.join(expected), "{given}");
+            assert_eq!(find(&root.join(given)).unwrap(), None);
+        }
+        assert_eq!(absolute(&root.join("c1")).unwrap_err().errno(), libc::ELOOP);
+        assert_eq!(absolute(Path::new("/")).unwrap(), Path::new("/"));
     }
 }
