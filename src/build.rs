@@ -14,9 +14,10 @@
 //! one process at a time, and one interpreter is ingested by one process at a time; the others wait and then find the
 //! result. Machines that share the store do not wait for each other: they may do the same work twice.
 //!
-//! **uv's settings apply**: its configuration files and `UV_*` variables, apart from those that would make it install
-//! elsewhere or otherwise (see `uv`). A layer is found by the hashes of its lock entry, so settings that choose between
-//! the files of one entry (`no-binary`) have no effect on a package that has a layer already.
+//! **uv's settings apply to what is resolved**: its configuration files and `UV_*` variables, apart from those that
+//! would make it resolve for something else (see `settings`) or install elsewhere (see `uv`). What is installed is the
+//! lock and nothing else: then uv reads no configuration file, so what sources are built with comes from the indexes of
+//! the request or of uv's variables.
 
 mod bytecode;
 mod conflicts;
@@ -30,6 +31,7 @@ mod progress;
 mod python;
 mod record;
 mod scratch;
+mod settings;
 mod source;
 mod stage;
 mod tree;
@@ -104,27 +106,39 @@ pub struct IndexOptions {
     pub extra_index_urls: Vec<String>,
     /// `--find-links`.
     pub find_links: Vec<String>,
-    /// `--no-index`.
-    pub no_index: bool,
     /// `--no-build`: wheels only.
     pub no_build: bool,
     /// `--offline`.
     pub offline: bool,
-    /// Further arguments for `uv pip compile` and `uv pip sync` alike.
-    pub more: Vec<String>,
 }
 
 impl IndexOptions {
+    /// Arguments for uv that hold no secret.
     fn arguments(&self) -> Vec<String> {
-        let mut args = Vec::new();
-        let mut pair = |flag: &str, value: &str| args.extend([flag.to_string(), value.to_string()]);
-        self.index_url.iter().for_each(|url| pair("--default-index", url));
-        self.extra_index_urls.iter().for_each(|url| pair("--index", url));
-        self.find_links.iter().for_each(|place| pair("--find-links", place));
-        let flags = [(self.no_index, "--no-index"), (self.no_build, "--no-build"), (self.offline, "--offline")];
-        args.extend(flags.into_iter().filter(|(on, _)| *on).map(|(_, flag)| flag.to_string()));
-        args.extend(self.more.iter().cloned());
+        let flags = [(self.no_build, "--no-build"), (self.offline, "--offline")];
+        let mut args: Vec<String> = flags.iter().filter(|(on, _)| *on).map(|(_, flag)| flag.to_string()).collect();
+        if self.find_links_by_flag() {
+            args.extend(self.find_links.iter().flat_map(|place| ["--find-links".to_string(), place.clone()]));
+        }
         args
+    }
+
+    /// A variable cannot hold a path with a comma.
+    fn find_links_by_flag(&self) -> bool {
+        self.find_links.iter().any(|place| place.contains(','))
+    }
+
+    /// Variables for uv: the addresses, which may hold credentials.
+    fn variables(&self) -> Vec<(&'static str, String)> {
+        let mut variables = Vec::new();
+        variables.extend(self.index_url.iter().map(|url| ("UV_DEFAULT_INDEX", url.clone())));
+        if !self.extra_index_urls.is_empty() {
+            variables.push(("UV_INDEX", self.extra_index_urls.join(" ")));
+        }
+        if !self.find_links.is_empty() && !self.find_links_by_flag() {
+            variables.push(("UV_FIND_LINKS", self.find_links.join(",")));
+        }
+        variables
     }
 }
 
@@ -145,8 +159,6 @@ pub struct Request {
     pub extras: Vec<String>,
     /// Dependency groups of a project or lock, besides its default groups.
     pub groups: Vec<String>,
-    /// Leave the default groups out (uv's default is the group `dev`).
-    pub no_default_groups: bool,
     /// Where packages are looked for.
     pub index: IndexOptions,
     /// Platform to choose wheels for, in uv's words (`x86_64-manylinux_2_28`): the oldest of the fleet. None means
@@ -165,7 +177,6 @@ impl Request {
             validate: true,
             extras: Vec::new(),
             groups: Vec::new(),
-            no_default_groups: false,
             index: IndexOptions::default(),
             platform: None,
         }
@@ -384,12 +395,14 @@ impl Work<'_> {
         if let Some(platform) = &self.request.platform {
             options.extend(["--python-platform".to_string(), platform.clone()]);
         }
+        let variables = self.request.index.variables();
         let stage = Stage {
             uv: context.uv,
             executable,
             python: &self.interpreter.python,
             scratch,
             options: &options,
+            variables: &variables,
             base: self.base,
             progress: context.progress,
         };

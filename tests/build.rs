@@ -539,6 +539,77 @@ fn two_packages_with_one_path_keep_their_own_file_and_the_conflict_is_told() {
     assert_eq!((told[0].shown.as_str(), told[0].hidden.as_str()), ("clash-b", "clash-a"));
 }
 
+/// Not a test of its own: a process of the test below, in a directory with settings of somebody else.
+#[test]
+fn child_creates_elsewhere() {
+    let Some(dir) = std::env::var_os("ENVFABRIC_TEST_ELSEWHERE").map(PathBuf::from) else { return };
+    let store = Store::open(&dir.join("store")).unwrap();
+    let index = Index::open(&dir.join("state"), &store).unwrap();
+    let (state, scratch) = (dir.join("state"), dir.join("scratch"));
+    let uv = Uv::new(None);
+    let context =
+        Context { store: &store, index: &index, uv: &uv, state, scratch, progress: &build::Silent, trial: None };
+    let input = match std::env::var_os("ENVFABRIC_TEST_LOCK") {
+        Some(lock) => Input::Lock(lock.into()),
+        None => wanted(&["six==1.16.0"]),
+    };
+    let mut request = Request::new("demo/a".parse().unwrap(), input);
+    request.python = Some(python("3.11"));
+    match build::create(&context, &request) {
+        Ok(created) => println!("CREATED {}", created.layers.len()),
+        Err(error) => println!("ERROR {error:?}"),
+    }
+}
+
+#[test]
+fn settings_of_the_directory_it_runs_in_do_not_change_what_is_installed() {
+    let room = Room::new();
+    let wheel = wheel(room.dir.path(), "plain", &[("plain.py", "x = 1\n")]);
+    let wrong = format!(
+        "lock-version = '1.0'\n[[packages]]\nname = 'plain'\nversion = '1.0'\narchive = {{path = {:?}, hashes = {{sha256 = '{}'}}}}\n",
+        wheel.to_str().unwrap(),
+        "0".repeat(64)
+    );
+    let lock = room.path("pylock.toml");
+    fs::write(&lock, &wrong).unwrap();
+    let digest = Digest::of(&fs::read(&wheel).unwrap()).to_string();
+    fs::write(room.path("pylock.right.toml"), wrong.replace(&"0".repeat(64), &digest)).unwrap();
+    let elsewhere = room.path("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let child = |lock: Option<&str>, variable: Option<&Path>| {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "child_creates_elsewhere", "--nocapture"]).current_dir(&elsewhere);
+        command.env("ENVFABRIC_TEST_ELSEWHERE", room.dir.path()).env_remove("ENVFABRIC_TEST_LOCK");
+        lock.map(|lock| command.env("ENVFABRIC_TEST_LOCK", room.path(lock)));
+        variable.map(|file| command.env("UV_CONFIG_FILE", file));
+        String::from_utf8_lossy(&command.output().unwrap().stdout).into_owned()
+    };
+    let file = elsewhere.join("uv.toml");
+    let target = room.path("target");
+    for text in [
+        "[pip]\nverify-hashes = false\n".to_string(),
+        format!("[pip]\nverify-hashes = false\ntarget = {target:?}\n"),
+        format!("[pip]\nverify-hashes = false\nprefix = {target:?}\npython-platform = 'windows'\n"),
+    ] {
+        fs::write(&file, text).unwrap();
+        for variable in [None, Some(file.as_path())] {
+            let said = child(Some("pylock.toml"), variable);
+            assert!(said.contains("Hash mismatch"), "{said}");
+        }
+    }
+    for variable in [None, Some(file.as_path())] {
+        let said = child(Some("pylock.right.toml"), variable);
+        assert!(said.contains("CREATED 1"), "{said}");
+    }
+    assert!(!target.exists(), "nothing is installed where a setting says");
+    // What would change a resolution is told.
+    let said = child(None, None);
+    assert!(said.contains("python-platform in") && said.contains("use --python-platform"), "{said}");
+    fs::write(&file, format!("[pip]\nverify-hashes = false\ntarget = {target:?}\n")).unwrap();
+    let said = child(None, None);
+    assert!(said.contains("CREATED 1") && !target.exists(), "{said}");
+}
+
 #[test]
 fn sources_of_every_kind() {
     let room = Room::new();
@@ -557,25 +628,24 @@ fn sources_of_every_kind() {
     let changed = room.create(&[dir.to_str().unwrap()]).unwrap();
     assert_ne!(changed.version.layers, created.version.layers);
     // A project without a lock, with one, and with a stale one.
-    let project = |extras: &[&str], groups: &[&str], no_default_groups: bool| {
+    let project = |extras: &[&str], groups: &[&str]| {
         let mut request = room.request(Input::Project(dir.clone()));
         request.name = "demo/project".parse().unwrap();
         request.extras = extras.iter().map(|e| e.to_string()).collect();
         request.groups = groups.iter().map(|e| e.to_string()).collect();
-        request.no_default_groups = no_default_groups;
         build::create(&room.context(), &request)
     };
-    refused(&project(&[], &[], false).unwrap_err(), &["no uv.lock", "uv lock --project"]);
+    refused(&project(&[], &[]).unwrap_err(), &["no uv.lock", "uv lock --project"]);
     room.uv.run(["lock", "--python", &python("3.11"), "--project", dir.to_str().unwrap()], &build::Silent).unwrap();
     let before = fs::read_dir(&dir).unwrap().count();
-    assert_eq!(names(&project(&[], &[], false).unwrap()), ["mine", "six", "toml"]);
-    let created = project(&["net"], &["extra"], true).unwrap();
-    assert_eq!(names(&created), ["docopt", "idna", "mine", "six"]);
+    assert_eq!(names(&project(&[], &[]).unwrap()), ["mine", "six", "toml"]);
+    let created = project(&["net"], &["extra"]).unwrap();
+    assert_eq!(names(&created), ["docopt", "idna", "mine", "six", "toml"]);
     assert_eq!(fs::read_dir(&dir).unwrap().count(), before, "nothing is written into the project");
     assert_eq!(created.version.lock.as_ref().unwrap().name, "uv.lock");
     assert_eq!(room.lock_text(&created.version), fs::read_to_string(dir.join("uv.lock")).unwrap());
     assert!(created.version.pyproject.is_some());
-    refused(&project(&["nope"], &[], true).unwrap_err(), &["nope"]);
+    refused(&project(&["nope"], &[]).unwrap_err(), &["nope"]);
     // The lock by itself, in place and elsewhere.
     for (path, expected) in
         [(dir.join("uv.lock"), vec!["mine", "six", "toml"]), (room.path("my.lock"), vec!["six", "toml"])]
@@ -589,7 +659,7 @@ fn sources_of_every_kind() {
     }
     let text = fs::read_to_string(dir.join("pyproject.toml")).unwrap().replace("six==1.16.0", "six==1.15.0");
     fs::write(dir.join("pyproject.toml"), text).unwrap();
-    refused(&project(&[], &[], false).unwrap_err(), &["needs to be updated", "run `uv lock"]);
+    refused(&project(&[], &[]).unwrap_err(), &["needs to be updated", "run `uv lock"]);
     // Requirements files with hashes and constraints.
     let file = room.path("requirements.txt");
     fs::write(&file, "six==1.16.0 --hash=sha256:8abb2f1d86890a2dfb989f9a77cfcfd3e47c2a354b01111771326f8aa26e0254\n")

@@ -197,6 +197,7 @@ fn at_path(context: &Context<'_>, path: &Path) -> Result<StoredInterpreter> {
                 python: &python,
                 scratch: scratch.path(),
                 options: &[],
+                variables: &[],
                 base: Path::new("/"),
                 progress: context.progress,
             };

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 use super::progress::{Event, Step};
+use super::settings;
+use super::uv::Call;
 use super::{Context, Input, Request};
 use crate::environment::Source;
 use crate::environment::lock::{Choice, Lock, strip_credentials, strip_document};
@@ -111,11 +113,7 @@ impl Opened {
         executable: &dyn Fn() -> Result<PathBuf>,
         scratch: &dyn Fn() -> Result<PathBuf>,
     ) -> Result<Resolved> {
-        let choice = Choice {
-            extras: request.extras.clone(),
-            groups: request.groups.clone(),
-            no_default_groups: request.no_default_groups,
-        };
+        let choice = Choice { extras: request.extras.clone(), groups: request.groups.clone() };
         let (extras, groups) = (request.extras.clone(), request.groups.clone());
         match self.kind {
             Opening::Requirements => compile(context, request, &executable()?),
@@ -184,6 +182,7 @@ fn compile(context: &Context<'_>, request: &Request, executable: &Path) -> Resul
     let text = if requirements.is_empty() && files.is_empty() {
         "lock-version = \"1.0\"\ncreated-by = \"envfabric\"\npackages = []\n".to_string()
     } else {
+        settings::check(&base, request.platform.is_some())?;
         context.progress.event(&Event::Step(Step::Resolving));
         let mut args: Vec<OsString> =
             ["pip", "compile", "--format", "pylock.toml", "--no-header"].map(Into::into).to_vec();
@@ -200,10 +199,9 @@ fn compile(context: &Context<'_>, request: &Request, executable: &Path) -> Resul
         }
         args.extend(files.iter().map(Into::into));
         let input = requirements.iter().map(|r| format!("{r}\n")).collect::<String>();
-        context
-            .uv
-            .run_with_input(args, Some(&input), context.progress)
-            .map_err(|e| e.context("the requirements could not be resolved"))?
+        let variables = request.index.variables();
+        let call = Call { args, input: Some(&input), variables: &variables, sealed: false };
+        context.uv.call(call, context.progress).map_err(|e| e.context("the requirements could not be resolved"))?
     };
     Ok(Resolved {
         lock: Lock::parse(&text)?,
@@ -238,9 +236,11 @@ fn export(
     for group in &request.groups {
         args.extend(["--group".into(), group.into()]);
     }
-    if request.no_default_groups {
-        args.push("--no-default-groups".into());
-    }
+    // With another default index than the one it was made with, uv takes a lock for out of date.
+    let lock = fs::read_to_string(dir.join("uv.lock")).unwrap_or_default();
+    let mut index = request.index.clone();
+    index.index_url = index.index_url.filter(|url| lock.contains(strip_credentials(url).trim_end_matches('/')));
+    args.extend(index.arguments().into_iter().map(Into::into));
     // A workspace root that is no project itself stands for its members.
     let pyproject = fs::read_to_string(dir.join("pyproject.toml")).unwrap_or_default();
     let table: Table = toml::from_str(&pyproject).unwrap_or_default();
@@ -255,9 +255,10 @@ fn export(
         "-o".into(),
         out.clone().into(),
     ]);
+    let call = Call { args, variables: &index.variables(), ..Call::default() };
     context
         .uv
-        .run(args, context.progress)
+        .call(call, context.progress)
         .map_err(|e| e.context(format!("{} could not be read", dir.join("uv.lock").display())))?;
     Ok((Lock::parse(&read(&out)?)?, scratch.to_path_buf()))
 }

@@ -6,6 +6,7 @@
 //! Files of the staging venv may be hard links into uv's cache: they are read, never written.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::PermissionsExt;
@@ -15,7 +16,7 @@ use super::limits::{DISTRIBUTION_MAX, FILE_MAX, FILES_MAX};
 use super::metadata::Metadata;
 use super::progress::Progress;
 use super::record;
-use super::uv::Uv;
+use super::uv::{Call, Uv};
 use super::wheel;
 use crate::environment::lock::{Artifact, Lock, Origin, Package};
 use crate::environment::{Digest, Interpreter};
@@ -30,6 +31,8 @@ pub(super) struct Stage<'a> {
     pub(super) scratch: &'a Path,
     /// Arguments for `uv pip sync` that come from the request.
     pub(super) options: &'a [String],
+    /// Variables for it, likewise.
+    pub(super) variables: &'a [(&'static str, String)],
     /// Directory that relative paths of the lock start from.
     pub(super) base: &'a Path,
     pub(super) progress: &'a dyn Progress,
@@ -107,17 +110,21 @@ impl Stage<'_> {
         let before = snapshot(&root)?;
         let lock = self.scratch.join(format!("pylock.{label}.toml"));
         fs::write(&lock, Lock::working_copy(packages, self.base)?).at("writing", &lock)?;
-        let mut args: Vec<std::ffi::OsString> =
+        let mut args: Vec<OsString> =
             ["pip", "sync", "--preview-features", "pylock", "--link-mode", "hardlink", "--no-compile-bytecode"]
                 .map(Into::into)
                 .to_vec();
+        // The layer is found by these hashes for ever: no setting of whatever directory this runs in may switch the
+        // check off, or choose another file, target or platform. The lock has exact addresses; what sources are built
+        // with comes from the request's indexes or uv's variables.
+        args.push("--verify-hashes".into());
         args.extend(self.options.iter().map(Into::into));
         // uv takes a directory for unchanged while its pyproject.toml is, and would install what it built before.
         for package in packages.iter().filter(|p| matches!(p.origin, Origin::Directory { .. })) {
             args.extend(["--refresh-package".into(), package.name.clone().into()]);
         }
         args.extend(["--python".into(), root.clone().into(), lock.into()]);
-        self.uv.run(args, self.progress)?;
+        self.uv.call(Call { args, variables: self.variables, sealed: true, ..Call::default() }, self.progress)?;
         let after = walk(&root)?;
         self.attribute(&root, &before, after, clashing)
     }

@@ -15,14 +15,17 @@ use crate::sys::Child;
 
 /// Variables that would make uv install elsewhere, for another Python, or otherwise than asked. All that begin with
 /// `PYTHON` go too. The rest of the caller's environment is passed on: proxies, certificates, `UV_*` and credentials.
-const REMOVED: [&str; 22] = [
+const REMOVED: [&str; 30] = [
     "CLICOLOR_FORCE",
     "CONDA_DEFAULT_ENV",
     "CONDA_PREFIX",
     "FORCE_COLOR",
     "UV_BREAK_SYSTEM_PACKAGES",
     "UV_COMPILE_BYTECODE",
+    "UV_INSECURE_NO_ZIP_VALIDATION",
+    "UV_ISOLATED",
     "UV_LINK_MODE",
+    "UV_NO_INSTALLER_METADATA",
     "UV_NO_PROGRESS",
     "UV_NO_VERIFY_HASHES",
     "UV_OUTPUT_FORMAT",
@@ -31,14 +34,35 @@ const REMOVED: [&str; 22] = [
     "UV_PROJECT",
     "UV_PROJECT_ENVIRONMENT",
     "UV_PYTHON",
+    "UV_PYTHON_PLATFORM",
+    "UV_PYTHON_VERSION",
     "UV_QUIET",
+    "UV_SKIP_WHEEL_FILENAME_CHECK",
     "UV_SYSTEM_PYTHON",
     "UV_TARGET",
     "UV_VENV_CLEAR",
+    "UV_VENV_RELOCATABLE",
     "UV_VENV_SEED",
+    "UV_WORKING_DIR",
     "UV_WORKING_DIRECTORY",
     "VIRTUAL_ENV",
 ];
+
+/// Further variables that are removed where no configuration is to be read: `UV_CONFIG_FILE` counts in spite of
+/// `--no-config`, and `UV_NO_BINARY` would put something else into the layer of a wheel.
+const REMOVED_SEALED: [&str; 4] = ["UV_CONFIG_FILE", "UV_NO_BINARY", "UV_NO_BINARY_PACKAGE", "UV_NO_CONFIG"];
+
+/// One run of uv.
+#[derive(Debug, Default)]
+pub(super) struct Call<'a> {
+    pub(super) args: Vec<OsString>,
+    /// What it reads from its stdin.
+    pub(super) input: Option<&'a str>,
+    /// Settings with credentials in them: other users can read a command line, but not an environment.
+    pub(super) variables: &'a [(&'static str, String)],
+    /// Reads no configuration file: not of the working directory, the user or the system.
+    pub(super) sealed: bool,
+}
 
 /// Where Linux distributions keep the certificates that TLS clients trust.
 const BUNDLES: [&str; 3] =
@@ -107,18 +131,14 @@ impl Uv {
     /// # Errors
     /// [`Kind::Failed`] with uv's own words as detail; [`Kind::Interrupted`] when a signal ended it.
     pub fn run<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>, progress: &dyn Progress) -> Result<String> {
-        self.run_with_input(args, None, progress)
+        let args = args.into_iter().map(|a| a.as_ref().to_os_string()).collect();
+        self.call(Call { args, ..Call::default() }, progress)
     }
 
-    /// [`Uv::run`] with `input` on its stdin.
-    pub fn run_with_input<S: AsRef<OsStr>>(
-        &self,
-        args: impl IntoIterator<Item = S>,
-        input: Option<&str>,
-        progress: &dyn Progress,
-    ) -> Result<String> {
+    /// [`Uv::run`] with everything that can be told.
+    pub(super) fn call(&self, call: Call<'_>, progress: &dyn Progress) -> Result<String> {
         let path = self.path()?;
-        let args: Vec<OsString> = args.into_iter().map(|a| a.as_ref().to_os_string()).collect();
+        let Call { args, input, variables, sealed } = call;
         let verb: Vec<_> = args.iter().take_while(|a| !a.as_encoded_bytes().starts_with(b"-")).take(2).collect();
         let what = verb.iter().fold("uv".to_string(), |text, word| text + " " + &word.to_string_lossy());
         let mut command = Command::new(path);
@@ -126,6 +146,13 @@ impl Uv {
         command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         clean_environment(&mut command);
+        command.envs(variables.iter().map(|(name, value)| (*name, value)));
+        if sealed {
+            command.arg("--no-config");
+            REMOVED_SEALED.iter().for_each(|name| {
+                command.env_remove(name);
+            });
+        }
         Child { file_size_max: Some(FILE_MAX), ..Child::default() }.prepare(&mut command).at("preparing", path)?;
         tracing::debug!(command = %strip_credentials(&format!("{args:?}")), "starting uv");
         let mut child = command.spawn().at("starting", path)?;

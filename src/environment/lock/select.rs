@@ -23,8 +23,6 @@ pub struct Choice {
     pub extras: Vec<String>,
     /// Dependency groups, besides the lock's default groups.
     pub groups: Vec<String>,
-    /// Leave the lock's default groups out.
-    pub no_default_groups: bool,
 }
 
 impl Lock {
@@ -110,9 +108,7 @@ impl Lock {
             }
             groups.push(group);
         }
-        if !choice.no_default_groups {
-            groups.extend(self.default_groups.iter().filter_map(|name| GroupName::from_str(name).ok()));
-        }
+        groups.extend(self.default_groups.iter().filter_map(|name| GroupName::from_str(name).ok()));
         Ok((extras, groups))
     }
 }

@@ -56,8 +56,8 @@ fn markers_extras_and_groups_decide_what_is_wanted() {
     );
     let lock = lock(&body);
     assert_eq!(selected(&lock, &Choice::default()).unwrap(), ["always", "dev-thing"]);
-    let all = Choice { extras: vec!["GPU".into()], groups: vec!["test".into()], no_default_groups: true };
-    assert_eq!(selected(&lock, &all).unwrap(), ["always", "gpu-thing", "test-thing"]);
+    let all = Choice { extras: vec!["GPU".into()], groups: vec!["test".into()] };
+    assert_eq!(selected(&lock, &all).unwrap(), ["always", "gpu-thing", "dev-thing", "test-thing"]);
     let wrong = Choice { extras: vec!["cpu".into()], ..Choice::default() };
     let error = selected(&lock, &wrong).unwrap_err();
     assert_eq!(error.kind(), Kind::Usage);
