@@ -24,7 +24,7 @@ mod conflicts;
 mod elf;
 mod ingest;
 mod layers;
-pub mod limits;
+mod limits;
 mod metadata;
 mod probe;
 mod progress;

@@ -539,6 +539,44 @@ fn two_packages_with_one_path_keep_their_own_file_and_the_conflict_is_told() {
     assert_eq!((told[0].shown.as_str(), told[0].hidden.as_str()), ("clash-b", "clash-a"));
 }
 
+/// A wheel that brings another package's metadata, and files as if they were that one's.
+fn forging_wheel(dir: &Path, metadata: &[&str]) -> PathBuf {
+    let forged = |name: &str| format!("zevil-1.0.data/purelib/victim-1.0.dist-info/{name}");
+    let texts = [
+        ("METADATA", "Metadata-Version: 2.1\nName: victim\nVersion: 1.0\n"),
+        ("WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"),
+        ("RECORD", "victim/__init__.py,,\nvictim-1.0.dist-info/METADATA,,\nvictim-1.0.dist-info/RECORD,,\n"),
+    ];
+    let mut files = vec![("zevil-1.0.data/purelib/victim/__init__.py".to_string(), "who = 'evil'\n")];
+    files.extend(texts.iter().filter(|(name, _)| metadata.contains(name)).map(|(name, text)| (forged(name), *text)));
+    let files: Vec<(&str, &str)> = files.iter().map(|(path, text)| (path.as_str(), *text)).collect();
+    wheel(dir, "zevil", &files)
+}
+
+#[test]
+fn a_wheel_never_decides_what_another_packages_layer_holds() {
+    let room = Room::new();
+    let victim = wheel(room.dir.path(), "victim", &[("victim/__init__.py", "who = 'victim'\n")]);
+    let victim = victim.to_str().unwrap();
+    for metadata in [&["METADATA", "WHEEL", "RECORD"][..], &["METADATA"], &["RECORD"]] {
+        let zevil = forging_wheel(room.dir.path(), metadata);
+        let zevil = zevil.to_str().unwrap();
+        for wheels in [vec![victim, zevil], vec![zevil, victim]] {
+            refused(&room.create(&wheels).unwrap_err(), &["\"zevil\"", "metadata of package \"victim\""]);
+        }
+        assert!(room.create(&[zevil]).is_err(), "{metadata:?}");
+    }
+    assert!(room.store.environments().unwrap().is_empty());
+    // Files alone may clash: each package keeps its own.
+    let zevil = forging_wheel(room.dir.path(), &[]);
+    let created = room.create(&[victim, zevil.to_str().unwrap()]).unwrap();
+    let path = "lib/python3.11/site-packages/victim/__init__.py";
+    assert_eq!(room.read(&layer(&created, "victim").digest, path), "who = 'victim'\n");
+    assert_eq!(room.read(&layer(&created, "zevil").digest, path), "who = 'evil'\n");
+    let again = room.create(&[victim]).unwrap();
+    assert_eq!((again.installed, &again.version.layers[0]), (0, &layer(&created, "victim").digest));
+}
+
 /// Not a test of its own: a process of the test below, in a directory with settings of somebody else.
 #[test]
 fn child_creates_elsewhere() {
@@ -608,6 +646,16 @@ fn settings_of_the_directory_it_runs_in_do_not_change_what_is_installed() {
     fs::write(&file, format!("[pip]\nverify-hashes = false\ntarget = {target:?}\n")).unwrap();
     let said = child(None, None);
     assert!(said.contains("CREATED 1") && !target.exists(), "{said}");
+}
+
+#[test]
+fn files_installed_through_lib64_belong_to_their_package() {
+    let room = Room::new();
+    let files = [("a.py", ""), ("through-1.0.data/data/lib64/python3.11/site-packages/through/b.py", "x = 1\n")];
+    let path = wheel(room.dir.path(), "through", &files);
+    let created = room.create(&[path.to_str().unwrap()]).unwrap();
+    let paths = room.paths(&layer(&created, "through").digest);
+    assert!(paths.contains(&"lib/python3.11/site-packages/through/b.py".to_string()), "{paths:?}");
 }
 
 #[test]

@@ -77,6 +77,12 @@ pub(super) fn resolve(site_packages: &str, path: &str) -> Option<Vec<u8>> {
             name => parts.push(name),
         }
     }
+    // A venv's lib64 is a link to its lib, and some wheels install through it.
+    if let [first, _, ..] = parts.as_mut_slice()
+        && *first == "lib64"
+    {
+        *first = "lib";
+    }
     Some(parts.join("/").into_bytes())
 }
 
@@ -105,6 +111,8 @@ mod tests {
             ("../../../bin/x", Some("bin/x")),
             ("../../../../x", None),
             ("/etc/passwd", None),
+            ("../../../lib64/python3.11/site-packages/y.so", Some("lib/python3.11/site-packages/y.so")),
+            ("../../../lib64", Some("lib64")),
             ("a/../b//./c", Some("lib/python3.11/site-packages/b/c")),
         ] {
             assert_eq!(resolve(sp, path), expected.map(|e| e.as_bytes().to_vec()), "{path}");

@@ -8,11 +8,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsString;
 use std::fs;
+use std::io::Read;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use super::limits::{DISTRIBUTION_MAX, FILE_MAX, FILES_MAX};
+use super::limits::{DISTRIBUTION_MAX, FILE_MAX, FILES_MAX, METADATA_MAX, RECORD_MAX};
 use super::metadata::Metadata;
 use super::progress::Progress;
 use super::record;
@@ -69,8 +70,10 @@ impl Stage<'_> {
         let names: Vec<String> = packages.iter().map(|p| p.name.clone()).filter(|n| clashing.contains(n)).collect();
         for (number, name) in names.iter().enumerate() {
             let alone: Vec<&Package> = packages.iter().filter(|p| p.name == *name).copied().collect();
-            let again = self.install_together(&format!("alone{number}"), &alone, &mut BTreeSet::new())?;
-            found.extend(again);
+            let mut again = self.install_together(&format!("alone{number}"), &alone, &mut BTreeSet::new())?;
+            if let Some(distribution) = again.remove(name) {
+                found.insert(name.clone(), distribution);
+            }
         }
         packages
             .iter()
@@ -126,13 +129,17 @@ impl Stage<'_> {
         args.extend(["--python".into(), root.clone().into(), lock.into()]);
         self.uv.call(Call { args, variables: self.variables, sealed: true, ..Call::default() }, self.progress)?;
         let after = walk(&root)?;
-        self.attribute(&root, &before, after, clashing)
+        self.attribute(&root, packages, &before, after, clashing)
     }
 
     /// Gives every file to the distribution whose RECORD or `.dist-info` has it.
+    ///
+    /// uv lists in a RECORD whatever it unpacked of a wheel, listed there or not, so a wheel that brings the metadata of
+    /// another distribution, to pass its files off as that one's, shows itself here: it is refused.
     fn attribute(
         &self,
         root: &Path,
+        packages: &[&Package],
         before: &Snapshot,
         after: BTreeMap<Vec<u8>, Found>,
         clashing: &mut BTreeSet<String>,
@@ -142,10 +149,18 @@ impl Stage<'_> {
         let mut owners: HashMap<Vec<u8>, Vec<String>> = HashMap::new();
         for dist_info in dist_infos(&site_packages, &after) {
             let path = root.join(&dist_info);
-            let read = |name: &str| fs::read(path.join(name)).at("reading", path.join(name));
-            let metadata = Metadata::parse(&read("METADATA")?)
+            let metadata = Metadata::parse(&read_capped(&path.join("METADATA"), METADATA_MAX)?)
                 .map_err(|e| e.context(format!("metadata of {dist_info} cannot be read")))?;
-            for line in record::parse(&String::from_utf8_lossy(&read("RECORD")?)) {
+            if !packages.iter().any(|package| package.name == metadata.name) {
+                let asked: Vec<String> = packages.iter().map(|package| package.label()).collect();
+                let why = "it was installed by another package, which brings its metadata";
+                return Err(refused(&metadata.name, why).detail(format!("installed were: {}", asked.join(", "))));
+            }
+            for line in record::parse(&String::from_utf8_lossy(&read_capped(&path.join("RECORD"), RECORD_MAX)?)) {
+                // uv writes `..` only to climb out of site-packages first; anywhere else it put the file elsewhere.
+                if line.path.split('/').skip_while(|part| *part == "..").any(|part| part == "..") {
+                    return Err(refused(&metadata.name, &format!("its RECORD names {:?}", line.path)));
+                }
                 let place = record::resolve(&site_packages, &line.path)
                     .ok_or_else(|| refused(&metadata.name, &format!("its RECORD names {:?}, outside", line.path)))?;
                 let names = owners.entry(place).or_default();
@@ -163,12 +178,22 @@ impl Stage<'_> {
         check_base(root, before, &after, &owners)?;
         let by_dist_info: HashMap<Vec<u8>, String> =
             distributions.iter().map(|(name, d)| (d.dist_info.clone().into_bytes(), name.clone())).collect();
+        let dist_info_of = |path: &[u8]| {
+            path.iter().enumerate().filter(|(_, b)| **b == b'/').find_map(|(at, _)| by_dist_info.get(&path[..at]))
+        };
+        for (path, names) in &owners {
+            if let Some(owner) = dist_info_of(path)
+                && let Some(other) = names.iter().find(|name| *name != owner)
+            {
+                let shown = String::from_utf8_lossy(path);
+                return Err(refused(other, &format!("it brings {shown:?}, metadata of package {owner:?}")));
+            }
+        }
         for (path, found) in after {
             if before.contains_key(&path) {
                 continue;
             }
-            let own_dist_info =
-                path.iter().enumerate().filter(|(_, b)| **b == b'/').find_map(|(at, _)| by_dist_info.get(&path[..at]));
+            let own_dist_info = dist_info_of(&path);
             let mut names = owners.get(&path).cloned().unwrap_or_default();
             if let Some(name) = own_dist_info
                 && !names.contains(name)
@@ -205,8 +230,27 @@ impl Stage<'_> {
 
 /// Makes a relocatable venv at `root`.
 pub(super) fn make_venv(uv: &Uv, executable: &Path, root: &Path, progress: &dyn Progress) -> Result<()> {
-    let args = ["venv", "--relocatable", "--no-project", "--quiet", "--python"].map(Path::new);
-    uv.run(args.into_iter().chain([executable, root]), progress).map(|_| ())
+    let mut args: Vec<OsString> =
+        ["venv", "--relocatable", "--no-project", "--quiet", "--python"].map(Into::into).into();
+    args.extend([executable.into(), root.into()]);
+    uv.call(Call { args, sealed: true, ..Call::default() }, progress).map(|_| ())
+}
+
+/// The content of a file of a `.dist-info`, of which at most `max` bytes are accepted.
+fn read_capped(path: &Path, max: u64) -> Result<Vec<u8>> {
+    let refused = |why: String| {
+        Error::new(Kind::Invalid, format!("a package is refused: {} {why}", path.display()))
+            .hint("the wheel is malformed or hostile; report it to its author")
+    };
+    let mut bytes = Vec::new();
+    match fs::File::open(path).and_then(|file| file.take(max + 1).read_to_end(&mut bytes)) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(refused("is missing".into())),
+        other => other.at("reading", path)?,
+    };
+    if bytes.len() as u64 > max {
+        return Err(refused(format!("has more than {max} bytes")));
+    }
+    Ok(bytes)
 }
 
 fn refused(name: &str, why: &str) -> Error {

@@ -341,24 +341,43 @@ fn hostile_wheels_are_refused_with_the_reason() {
     let python = python311();
     world.ok(["create", "hostile/base", "six", "--python", &python]);
     let canary = world.dir().join("canary");
-    let cases: Vec<(Wheel, &str)> = vec![
-        (Wheel::new("dotdot", "1").file("../../../../../../canary", "x"), ".."),
-        (Wheel::new("absolute", "1").file(canary.to_str().unwrap(), "x"), "absolute"),
-        (Wheel::new("backslash", "1").file("a\\..\\b.py", "x"), "\\"),
-        (Wheel::new("intopython", "1").file("intopython-1.data/data/bin/python", "#!/bin/sh\n"), "python"),
-        (Wheel::new("intoactivate", "1").file("intoactivate-1.data/scripts/activate", "#!/bin/sh\n"), "activate"),
-        (Wheel::new("intocfg", "1").file("intocfg-1.data/data/pyvenv.cfg", "home = /evil\n"), "pyvenv.cfg"),
-        (Wheel::new("intolib64", "1").file("intolib64-1.data/data/lib64", "x"), "lib64"),
-        (Wheel::new("entry", "1").file("entry.py", "").console("python3 = entry:main"), "python3"),
-        (
-            Wheel::new("entryactivate", "1").file("entryactivate.py", "").console("activate = entryactivate:main"),
-            "activate",
-        ),
+    let forged = |name: &str, text: &str| (format!("w10-1.data/purelib/victim-1.dist-info/{name}"), text.to_string());
+    let forger = [
+        forged("METADATA", "Metadata-Version: 2.1\nName: victim\nVersion: 1\n"),
+        forged("RECORD", "victim.py,,\nvictim-1.dist-info/METADATA,,\nvictim-1.dist-info/RECORD,,\n"),
+        ("w10-1.data/purelib/victim.py".to_string(), "evil = 1\n".to_string()),
     ];
-    for (wheel, needle) in cases {
+    let forger = || forger.iter().fold(Wheel::new("w10", "1"), |wheel, (path, text)| wheel.file(path, text.as_str()));
+    let victim = Wheel::new("victim", "1").file("victim.py", "").write(world.dir()).display().to_string();
+    // The names say nothing of what is wrong, so that the reason must come from us or uv.
+    let cases: Vec<(Wheel, Option<&str>, &str)> = vec![
+        (Wheel::new("w1", "1").file("../../../../../../canary", "x"), None, "leaves the environment (..)"),
+        (Wheel::new("w2", "1").file(canary.to_str().unwrap(), "x"), None, "has an absolute path"),
+        (Wheel::new("w3", "1").file("a\\..\\b.py", "x"), None, "has a backslash in its path"),
+        (Wheel::new("w4", "1").file("w4-1.data/data/bin/python", "#!/bin/sh\n"), None, "reserved name"),
+        (
+            Wheel::new("w5", "1").file("w5-1.data/scripts/activate", "#!/bin/sh\n"),
+            None,
+            "would replace \"bin/activate\"",
+        ),
+        (
+            Wheel::new("w6", "1").file("w6-1.data/data/pyvenv.cfg", "home = /evil\n"),
+            None,
+            "would replace \"pyvenv.cfg\"",
+        ),
+        (Wheel::new("w7", "1").file("w7-1.data/data/lib64", "x"), None, "would replace \"lib64\""),
+        (Wheel::new("w8", "1").file("w8.py", "").console("python3 = w8:main"), None, "reserved name"),
+        (Wheel::new("w9", "1").file("w9.py", "").console("activate = w9:main"), None, "would replace \"bin/activate\""),
+        (forger(), None, "installed by another package, which brings its metadata"),
+        (forger(), Some(&victim), "metadata of package \"victim\""),
+    ];
+    for (wheel, with, reason) in cases {
         let path = wheel.write(world.dir());
-        let stderr = world.fails(1, ["create", "hostile/x", path.to_str().unwrap(), "--python", &python]);
-        assert!(stderr.contains(needle), "{}: {stderr}", path.display());
+        let name = path.display().to_string();
+        let mut args = vec!["create", "hostile/x", &name, "--python", &python];
+        args.extend(with);
+        let stderr = world.fails(1, &args);
+        assert!(stderr.contains(reason), "{}: {stderr}", path.display());
         assert!(stderr.contains(path.file_name().unwrap().to_str().unwrap().split('-').next().unwrap()), "{stderr}");
     }
     assert!(!canary.exists());
