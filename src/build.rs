@@ -224,6 +224,9 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
     let opened = source::open(request)?;
     let asked = request.python.clone().or_else(|| opened.python.clone());
     let interpreter = python::resolve(context, asked.as_deref(), opened.requires_python.as_deref())?;
+    if let Some(platform) = &request.platform {
+        python::check_platform(platform, &interpreter.python)?;
+    }
     let cell = OnceCell::new();
     let scratch = || -> Result<PathBuf> {
         if cell.get().is_none() {

@@ -1,4 +1,5 @@
-//! What must be done between `fork` and `exec` of a child: the only `unsafe` of the build side.
+//! What must be done between `fork` and `exec` of a child, and what only the C library can tell: the only `unsafe` of
+//! the build side.
 //!
 //! The closure given to `pre_exec` runs in a copy of a process that may have had many threads, so it may only make
 //! system calls: everything it needs (C strings, texts) is prepared before.
@@ -11,6 +12,19 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+/// The version of the glibc that this process runs with, `2.36`; none for a build without glibc, which cannot tell what
+/// the machine has.
+pub fn glibc_version() -> Option<&'static str> {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: glibc returns a NUL-terminated string that lives and stays the same as long as the process.
+        let version = unsafe { std::ffi::CStr::from_ptr(libc::gnu_get_libc_version()) };
+        version.to_str().ok()
+    }
+    #[cfg(not(target_env = "gnu"))]
+    None
+}
 
 /// How a child differs from its parent.
 #[derive(Debug, Clone, Default)]

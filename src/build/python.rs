@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::env;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
 use rayon::prelude::*;
@@ -19,6 +19,7 @@ use super::{Context, tree};
 use crate::environment::{Interpreter, Markers};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::store::StoredInterpreter;
+use crate::sys::glibc_version;
 
 /// What `--python` says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,13 +97,18 @@ pub(super) fn resolve(
     let requires =
         requires.and_then(|text| VersionSpecifiers::from_str(text).ok()).unwrap_or_else(VersionSpecifiers::empty);
     let suits = |version: &str| Version::from_str(version).is_ok_and(|v| requires.contains(&v));
-    let stored: Vec<StoredInterpreter> = context
+    let (stored, doubtful): (Vec<StoredInterpreter>, Vec<StoredInterpreter>) = context
         .store
         .interpreters()?
         .into_iter()
-        .filter(|i| runs_here(&i.python) && wanted.accepts(&i.python.version, i.python.is_free_threaded()))
-        .collect();
+        .filter(|i| for_this_machine(&i.python) && wanted.accepts(&i.python.version, i.python.is_free_threaded()))
+        .partition(|i| fits_libc(&i.python.libc, glibc_version()));
     if let Some(found) = stored.iter().find(|i| suits(&i.python.version)) {
+        return Ok(found.clone());
+    }
+    // One that was taken in on a newer system may need nothing of what is newer there: only starting it tells.
+    let starts = |i: &&StoredInterpreter| runnable(context, i).is_ok_and(|path| probe::brief(&path).is_ok());
+    if let Some(found) = doubtful.iter().filter(|i| suits(&i.python.version)).find(starts) {
         return Ok(found.clone());
     }
     context.progress.event(&Event::Step(Step::FindingInterpreter));
@@ -143,10 +149,42 @@ fn is_free_threaded(brief: &Brief) -> bool {
     brief.soabi.as_deref().and_then(|abi| abi.split('-').nth(1)).is_some_and(|tag| tag.ends_with('t'))
 }
 
-fn runs_here(python: &Interpreter) -> bool {
+fn for_this_machine(python: &Interpreter) -> bool {
     let Markers { platform_machine, sys_platform, .. } = &python.markers;
     let machine = nix::sys::utsname::uname().ok().map(|u| u.machine().to_os_string());
     sys_platform == "linux" && machine.is_none_or(|m| m == platform_machine.as_str())
+}
+
+/// True when what runs with `libc` (`glibc 2.36`, the one of the machine it was taken from) surely runs with this host's
+/// glibc too. A host that does not tell its version is not doubted.
+fn fits_libc(libc: &str, host: Option<&str>) -> bool {
+    let Some(host) = host.map(numbers) else { return true };
+    libc.strip_prefix("glibc ").is_some_and(|version| numbers(version) <= host)
+}
+
+fn numbers(version: &str) -> Vec<u32> {
+    version.split('.').map(|number| number.parse().unwrap_or(0)).collect()
+}
+
+/// Fails unless wheels for `platform`, in uv's words, can run with `python`.
+pub(super) fn check_platform(platform: &str, python: &Interpreter) -> Result<()> {
+    let machine = &python.markers.platform_machine;
+    let (arch, system) = match platform.split_once('-') {
+        Some((arch, system)) => (arch, system),
+        None if platform == "linux" => ("x86_64", "manylinux"),
+        None => ("", platform),
+    };
+    let musl = system == "unknown-linux-musl" || system.starts_with("musllinux");
+    let linux = musl || system == "unknown-linux-gnu" || system.starts_with("manylinux");
+    if linux && arch == machine && musl == python.libc.starts_with("musl") {
+        return Ok(());
+    }
+    let own = if python.libc.starts_with("musl") { "unknown-linux-musl" } else { "manylinux_2_28" };
+    Err(Error::new(
+        Kind::Usage,
+        format!("wheels for {platform} do not fit the interpreter, which is for {machine} Linux with {}", python.libc),
+    )
+    .hint(format!("name an older Linux of the same kind, for example --python-platform {machine}-{own}")))
 }
 
 /// The interpreter at `path`, from the store where it is known, else ingested.
@@ -245,7 +283,9 @@ pub(super) fn runnable(context: &Context<'_>, stored: &StoredInterpreter) -> Res
     {
         return Ok(path);
     }
-    let root = context.state.join("pythons").join(&stored.name);
+    let name = safe_name(stored)?;
+    let pythons = context.state.join("pythons");
+    let root = pythons.join(name);
     let executable = root.join(&stored.python.executable);
     if executable.is_file() {
         return Ok(executable);
@@ -253,14 +293,33 @@ pub(super) fn runnable(context: &Context<'_>, stored: &StoredInterpreter) -> Res
     let waiting = || context.progress.event(&Event::Step(Step::Waiting));
     let _lock = scratch::lock(&context.state, [format!("copy-{}", stored.layer.short())], waiting)?;
     if !executable.is_file() {
-        let part = root.with_extension("part");
-        if part.exists() {
-            fs::remove_dir_all(&part).at("removing", &part)?;
+        // The lock is ours, so what is there of this name is of a process that was killed.
+        let left = format!("{name}.part-");
+        for entry in fs::read_dir(&pythons).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with(&left) {
+                fs::remove_dir_all(entry.path()).at("removing", entry.path())?;
+            }
         }
+        let part = pythons.join(format!("{left}{}", std::process::id()));
         tree::materialise(context.store, &stored.layer, &part)?;
         fs::rename(&part, &root).at("renaming", &part)?;
     }
     Ok(executable)
+}
+
+/// The name of `stored`, which is to be used in a path: the document comes from the store, and may be anybody's.
+fn safe_name(stored: &StoredInterpreter) -> Result<&str> {
+    let name = stored.name.as_str();
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '+');
+    let relative = Path::new(&stored.python.executable).components().all(|c| matches!(c, Component::Normal(_)));
+    if name.is_empty() || name.len() > 200 || name.starts_with('.') || !name.chars().all(plain) || !relative {
+        return Err(Error::new(
+            Kind::Corrupt,
+            format!("the interpreter {name:?} of the store has an unacceptable name"),
+        )
+        .hint("run `envfabric fsck`"));
+    }
+    Ok(name)
 }
 
 /// Enough of an interpreter to begin an ingest with.
@@ -293,13 +352,17 @@ fn placeholder(brief: &Brief) -> Interpreter {
 
 /// Every usable CPython that is found, and a sentence about where was looked.
 fn on_this_machine() -> (Vec<(PathBuf, Brief)>, String) {
-    let home = env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    let absolute = |path: &PathBuf| path.is_absolute();
+    let home = env::var_os("HOME").map(PathBuf::from).filter(absolute);
+    let below_home = |dir: &str| home.as_ref().map(|home| home.join(dir));
     let path = env::var_os("PATH").unwrap_or_default();
-    let mut dirs: Vec<PathBuf> = env::split_paths(&path).filter(|d| d.is_absolute()).collect();
+    let mut dirs: Vec<PathBuf> = env::split_paths(&path).filter(absolute).collect();
     dirs.extend(["/usr/local/bin", "/usr/bin"].map(PathBuf::from));
-    let uv_dir = env::var_os("UV_PYTHON_INSTALL_DIR").map(PathBuf::from);
-    let roots = [home.join(".pyenv/versions"), uv_dir.unwrap_or_else(|| home.join(".local/share/uv/python"))];
-    for root in &roots {
+    let uv_dir = env::var_os("UV_PYTHON_INSTALL_DIR").map(PathBuf::from).filter(absolute);
+    let roots = [below_home(".pyenv/versions"), uv_dir.or_else(|| below_home(".local/share/uv/python"))];
+    let mut looked = "PATH, /usr/local/bin, /usr/bin".to_string();
+    for root in roots.iter().flatten() {
+        looked.push_str(&format!(", {}", root.display()));
         dirs.extend(fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path().join("bin")));
     }
     let mut executables = BTreeSet::new();
@@ -324,7 +387,7 @@ fn on_this_machine() -> (Vec<(PathBuf, Brief)>, String) {
         .filter_map(|path| probe::brief(&path).ok().map(|brief| (path, brief)))
         .filter(|(path, brief)| brief.check(path).is_ok())
         .collect();
-    (found, format!("PATH, /usr/local/bin, /usr/bin, {} and {}", roots[0].display(), roots[1].display()))
+    (found, looked)
 }
 
 fn is_elf(path: &Path) -> bool {
@@ -336,6 +399,52 @@ fn is_elf(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_interpreter_of_a_newer_or_other_c_library_is_doubted() {
+        for (libc, host, fits) in [
+            ("glibc 2.36", Some("2.36"), true),
+            ("glibc 2.9", Some("2.36"), true),
+            ("glibc 2.36", Some("2.9"), false),
+            ("glibc 2.36.1", Some("2.36"), false),
+            ("musl", Some("2.36"), false),
+            ("musl", None, true),
+        ] {
+            assert_eq!(fits_libc(libc, host), fits, "{libc} on {host:?}");
+        }
+    }
+
+    #[test]
+    fn a_platform_must_fit_the_interpreter() {
+        let python = crate::environment::cpython311();
+        for platform in ["linux", "x86_64-manylinux_2_17", "x86_64-manylinux2014", "x86_64-unknown-linux-gnu"] {
+            check_platform(platform, &python).unwrap();
+        }
+        for platform in
+            ["windows", "macos", "aarch64-manylinux_2_28", "x86_64-unknown-linux-musl", "x86_64-linux-android", ""]
+        {
+            let error = check_platform(platform, &python).unwrap_err();
+            assert_eq!((error.kind(), error.hint_text().is_some()), (Kind::Usage, true), "{platform}");
+        }
+    }
+
+    #[test]
+    fn a_name_from_the_store_stays_one_component() {
+        let stored = |name: &str, executable: &str| StoredInterpreter {
+            name: name.into(),
+            layer: crate::environment::Digest::of(b""),
+            scaffold: crate::environment::Digest::of(b""),
+            python: Interpreter { executable: executable.into(), ..crate::environment::cpython311() },
+            origin: String::new(),
+            created: crate::store::now(),
+        };
+        safe_name(&stored("cpython-3.13.0t-x86_64-linux-gnu-0a1b", "bin/python3.13t")).unwrap();
+        for (name, executable) in
+            [("", "bin/x"), ("..", "bin/x"), ("a/b", "bin/x"), ("/a", "bin/x"), ("a", "/bin/sh"), ("a", "../x")]
+        {
+            assert_eq!(safe_name(&stored(name, executable)).unwrap_err().kind(), Kind::Corrupt, "{name} {executable}");
+        }
+    }
 
     #[test]
     fn requests_are_read() {
