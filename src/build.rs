@@ -43,7 +43,7 @@ use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::environment::lock::Package;
+use crate::environment::lock::{Package, Target};
 use crate::environment::{Builder, Conflict, Digest, Document, EnvName, InterpreterRef, VERSION_FORMAT, Version};
 use crate::error::{Error, Kind, Result};
 use crate::store::{Claimed, Index, LayerDoc, Store, StoredInterpreter, now};
@@ -355,9 +355,10 @@ impl Work<'_> {
         scratch: &dyn Fn() -> Result<PathBuf>,
     ) -> Result<(Vec<Digest>, usize)> {
         let (context, request) = (self.context, self.request);
-        let platform = request.platform.as_deref();
-        let keys: Vec<Option<Digest>> =
-            packages.iter().map(|p| p.key(&self.interpreter.python, request.bytecode, platform)).collect();
+        let python = &self.interpreter.python;
+        let libc = python::host_libc(python);
+        let target = Target { platform: request.platform.as_deref(), libc: &libc, bytecode: request.bytecode };
+        let keys: Vec<Option<Digest>> = packages.iter().map(|p| p.key(python, target)).collect();
         let look = |key: &Option<Digest>| match key {
             Some(key) => context.index.layer_of_key(context.store, key),
             None => Ok(None),

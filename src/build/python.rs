@@ -166,6 +166,14 @@ fn numbers(version: &str) -> Vec<u32> {
     version.split('.').map(|number| number.parse().unwrap_or(0)).collect()
 }
 
+/// The C library that uv chooses wheels for when `python` runs on this machine.
+pub(super) fn host_libc(python: &Interpreter) -> String {
+    match (python.libc.starts_with("glibc "), glibc_version()) {
+        (true, Some(version)) => format!("glibc {version}"),
+        _ => python.libc.clone(),
+    }
+}
+
 /// Fails unless wheels for `platform`, in uv's words, can run with `python`.
 pub(super) fn check_platform(platform: &str, python: &Interpreter) -> Result<()> {
     let machine = &python.markers.platform_machine;

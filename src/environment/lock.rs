@@ -17,11 +17,12 @@ use uv_normalize::PackageName;
 
 use crate::error::{Error, Kind, Result};
 
-pub use select::{Choice, marker_environment, marker_tree};
+pub use key::Target;
+pub use select::{Choice, marker_environment};
 pub use text::{strip_credentials, strip_document};
 
 /// The longest lock that is read, in bytes; the lock of 1,000 packages for every platform has about 5 MB.
-pub const LOCK_MAX: u64 = 64 << 20;
+const LOCK_MAX: u64 = 64 << 20;
 
 /// A parsed `pylock.toml`.
 #[derive(Debug, Clone, PartialEq)]
@@ -278,6 +279,19 @@ impl Artifact {
             return Err(invalid(format!("{what} has a file with neither \"url\" nor \"path\"")));
         }
         Ok(artifact)
+    }
+
+    /// Its file name: as the lock says, else the end of its path or address.
+    pub fn file_name(&self) -> Option<String> {
+        let last = |text: &str| text.rsplit('/').next().filter(|name| !name.is_empty()).map(str::to_string);
+        if let Some(name) = &self.name {
+            return Some(name.clone());
+        }
+        if let Some(path) = &self.path {
+            return last(path);
+        }
+        let url = self.url.as_deref()?.split(['#', '?']).next()?;
+        last(&percent_decode(url))
     }
 
     /// The file on this machine that it names, where it names one; `base` is the directory of the lock.

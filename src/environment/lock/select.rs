@@ -76,7 +76,7 @@ impl Lock {
     }
 
     /// Fails when the lock as a whole is for other Pythons.
-    pub fn check_python(&self, python: &Interpreter) -> Result<()> {
+    fn check_python(&self, python: &Interpreter) -> Result<()> {
         match &self.requires_python {
             Some(specifier) if !python_matches(specifier, python, "the lock")? => {
                 let message = format!("the lock requires Python {specifier}, and this is {}", python.version);
@@ -121,7 +121,7 @@ fn python_matches(specifier: &str, python: &Interpreter, what: &str) -> Result<b
 }
 
 /// Parses a marker; `what` says whose in the error.
-pub fn marker_tree(marker: &str, what: &str) -> Result<MarkerTree> {
+pub(super) fn marker_tree(marker: &str, what: &str) -> Result<MarkerTree> {
     let mut depth = 0usize;
     let mut deepest = 0;
     for byte in marker.bytes() {

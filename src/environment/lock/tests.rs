@@ -1,9 +1,12 @@
 use proptest::prelude::*;
 
+use super::select::marker_tree;
 use super::*;
 use crate::environment::cpython311;
 
 const SHA: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+const HERE: Target<'static> = Target { platform: None, libc: "glibc 2.36", bytecode: true };
 
 fn lock(body: &str) -> Lock {
     Lock::parse(&format!("lock-version = '1.0'\n{body}")).unwrap()
@@ -32,9 +35,9 @@ fn every_kind_of_origin_is_read() {
     let names: Vec<&str> = lock.packages.iter().map(|p| p.name.as_str()).collect();
     assert_eq!(names, ["a-b", "b", "c", "d"]);
     let python = cpython311();
-    let keys: Vec<_> = lock.packages.iter().map(|p| p.key(&python, true, None)).collect();
+    let keys: Vec<_> = lock.packages.iter().map(|p| p.key(&python, HERE)).collect();
     assert!(keys[..3].iter().all(Option::is_some) && keys[3].is_none());
-    assert_ne!(keys[0], lock.packages[0].key(&python, false, None));
+    assert_ne!(keys[0], lock.packages[0].key(&python, Target { bytecode: false, ..HERE }));
     let refs: Vec<&Package> = lock.packages.iter().collect();
     let copy = Lock::working_copy(&refs, Path::new("/base/dir")).unwrap();
     for part in ["path = \"/base/b.whl\"", "path = \"/base/d\"", "https://u:p@h/c"] {
