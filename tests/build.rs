@@ -229,7 +229,7 @@ fn requirements_become_a_published_version() {
     assert_eq!((again.outcome, again.installed, again.version.number), (Outcome::Unchanged, 0, 1));
     let more = room.create(&["requests==2.31.0", "six==1.16.0", "docopt==0.6.2", "toml==0.10.2"]).unwrap();
     assert_eq!((more.outcome, more.installed, more.version.number), (Outcome::Published, 1, 2));
-    assert_eq!(fs::read_dir(room.path("scratch")).unwrap().count(), 0, "scratch is removed");
+    assert_eq!(fs::read_dir(room.path("scratch/envfabric-build")).unwrap().count(), 0, "scratch is removed");
 }
 
 #[test]
@@ -427,7 +427,11 @@ fn a_killed_create_leaves_nothing_visible_and_the_next_one_succeeds() {
     assert!(all.iter_mut().all(|child| child.wait().unwrap().success()));
     assert_eq!(room.store.current(&name).unwrap().layers.len(), 6);
     assert!(room.store.fsck(&|_, _| ()).unwrap().is_clean());
-    assert_eq!(fs::read_dir(room.path("scratch")).unwrap().count(), 0, "what the killed ones left is removed");
+    assert_eq!(
+        fs::read_dir(room.path("scratch/envfabric-build")).unwrap().count(),
+        0,
+        "what the killed ones left is removed"
+    );
 }
 
 #[test]
