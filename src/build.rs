@@ -326,7 +326,7 @@ fn validate(
         .hint("correct the requirements or the lock, or publish it as it is with --no-validate"));
     }
     let Some(trial) = context.trial else { return Ok(()) };
-    let note = validate::proof_note(draft, layers);
+    let note = validate::proof_note(draft);
     if context.index.note(&note)?.is_some() {
         return Ok(());
     }

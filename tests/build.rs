@@ -340,7 +340,7 @@ fn a_view_of_the_layers_runs_and_the_trial_tells_when_it_does_not() {
 }
 
 #[test]
-fn the_trial_is_made_once_and_its_failure_publishes_nothing() {
+fn the_trial_of_a_list_of_layers_is_made_once_and_its_failure_publishes_nothing() {
     let room = Room::new();
     let asked = std::cell::Cell::new(0);
     let good = |_: &Version, _: &[std::sync::Arc<LayerDoc>]| {
@@ -355,7 +355,15 @@ fn the_trial_is_made_once_and_its_failure_publishes_nothing() {
     let context = Context { trial: Some(&good), ..room.context() };
     build::create(&context, &request).unwrap();
     build::create(&context, &room.request(wanted(&["idna==3.7"]))).unwrap();
-    assert_eq!(asked.get(), 1);
+    assert_eq!(asked.get(), 2, "other layers are another view");
+    let mut request = room.request(wanted(&["six==1.16.0"]));
+    request.name = "demo/b".parse().unwrap();
+    build::create(&context, &request).unwrap();
+    assert_eq!(asked.get(), 2, "the same layers in the same order are not tried again");
+    let bad = |_: &Version, _: &[std::sync::Arc<LayerDoc>]| Err(Error::new(Kind::Unsupported, "no /dev/fuse"));
+    let context = Context { trial: Some(&bad), ..room.context() };
+    request.input = wanted(&["toml==0.10.2"]);
+    refused(&build::create(&context, &request).unwrap_err(), &["no /dev/fuse", "--no-validate"]);
 }
 
 #[test]

@@ -98,7 +98,13 @@ fn meta(
     let startup_files = paths()
         .filter(|path| {
             path.strip_prefix(&site_packages).is_some_and(|rest| {
-                let runs = |name: &str| rest == format!("{name}.py") || rest.starts_with(&format!("{name}/__init__."));
+                // As a source, an extension module, or a package of either.
+                let runs = |name: &str| {
+                    rest.strip_prefix(name).is_some_and(|end| match end.strip_prefix('.') {
+                        Some(suffix) => !suffix.contains('/'),
+                        None => end.starts_with("/__init__."),
+                    })
+                };
                 (rest.ends_with(".pth") && !rest.contains('/')) || runs("sitecustomize") || runs("usercustomize")
             })
         })

@@ -125,12 +125,12 @@ pub fn judge_trial(version_dir: &Path, layers: &[Arc<LayerDoc>], output: &Output
     Ok(())
 }
 
-/// Name of the note that a version like this has started here before. What decides whether an interpreter starts is the
-/// interpreter and what runs at its start.
-pub(super) fn proof_note(version: &Version, layers: &[Arc<LayerDoc>]) -> String {
+/// Name of the note that a version like this has started here before: the same interpreter, scaffold and layers, in the
+/// same order, so that what was seen of its view is what this one shows.
+pub(super) fn proof_note(version: &Version) -> String {
     let mut text = format!("{} {}", version.interpreter.layer, version.scaffold);
-    for layer in layers.iter().filter(|layer| !layer.meta.startup_files.is_empty()) {
-        text.push_str(&format!(" {}", layer.digest));
+    for layer in &version.layers {
+        text.push_str(&format!(" {layer}"));
     }
     format!("started {}", Digest::of(text.as_bytes()))
 }
