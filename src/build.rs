@@ -50,10 +50,11 @@ use crate::store::{Claimed, Index, LayerDoc, Store, StoredInterpreter, now};
 
 pub use progress::{Event, PackageState, Progress, Silent, Step};
 pub use uv::Uv;
-pub use validate::{check_requirements, judge_trial, trial_command};
+pub use validate::run_trial;
 
 use scratch::Scratch;
 use stage::Stage;
+use validate::check_requirements;
 
 /// Starts the interpreter of a version and fails unless it works; gets the version and its layers' documents.
 pub type Trial<'a> = &'a dyn Fn(&Version, &[Arc<LayerDoc>]) -> Result<()>;
@@ -74,7 +75,7 @@ pub struct Context<'a> {
     /// Told what happens.
     pub progress: &'a dyn Progress,
     /// Starts the interpreter of a version that is complete but not published (its number is 0), from a view of it;
-    /// see [`trial_command`] and [`judge_trial`]. None skips this part of validation.
+    /// see [`run_trial`]. None skips this part of validation.
     pub trial: Option<Trial<'a>>,
 }
 
@@ -330,7 +331,12 @@ fn validate(
     if context.index.note(&note)?.is_some() {
         return Ok(());
     }
-    trial(draft, layers)?;
+    trial(draft, layers).map_err(|error| match error.kind() {
+        Kind::Unsupported => error
+            .context(format!("{} cannot be tried on this machine", draft.environment))
+            .hint("publish it without this check with --no-validate, or build where environments can be mounted"),
+        _ => error,
+    })?;
     context.index.set_note(&note, &now().to_string())
 }
 

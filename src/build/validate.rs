@@ -1,10 +1,14 @@
 //! What is checked of a version before it is published.
 
 use std::collections::BTreeMap;
+use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use uv_normalize::PackageName;
@@ -14,11 +18,12 @@ use uv_pep508::{Requirement, VerbatimUrl, VersionOrUrl};
 use super::uv::clean_environment;
 use crate::environment::lock::marker_environment;
 use crate::environment::{Digest, Interpreter, Version};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::store::LayerDoc;
+use crate::sys::Child;
 
 /// What `uv pip check` would say of `layers` on `python`, without starting it: one sentence per problem, in uv's words.
-pub fn check_requirements(layers: &[Arc<LayerDoc>], python: &Interpreter) -> Result<Vec<String>> {
+pub(super) fn check_requirements(layers: &[Arc<LayerDoc>], python: &Interpreter) -> Result<Vec<String>> {
     let environment = marker_environment(&python.markers)?;
     let python_version = PythonVersion::from_str(&python.version).ok();
     let installed: BTreeMap<&str, &str> =
@@ -66,20 +71,72 @@ found = [(d.metadata['Name'], d.version) for d in distributions()]
 print(json.dumps({'prefix': os.path.realpath(sys.prefix), 'base_prefix': os.path.realpath(sys.base_prefix), 'found': found}))
 ";
 
-/// The command that starts the interpreter of a version shown at `version_dir` (the directory with `.venv` in it).
-pub fn trial_command(version_dir: &Path, _version: &Version) -> Command {
-    let mut command = Command::new(version_dir.join(".venv/bin/python"));
-    command.args(["-I", "-B", "-c", TRIAL]);
-    clean_environment(&mut command);
-    command.env_remove("LD_LIBRARY_PATH").env_remove("LD_PRELOAD");
-    command
-}
+/// How long the interpreter of a view may take to start; a view on a cold NAS takes seconds.
+const TRIAL_TIME: Duration = Duration::from_secs(120);
 
-/// Judges what [`trial_command`] printed: the interpreter runs from the view, and finds every distribution of `layers`.
+/// Starts the interpreter of a version shown at `version_dir` (the directory with `.venv` in it), and fails unless it
+/// runs from the view and finds every distribution of `layers`.
 ///
 /// # Errors
-/// [`Kind::Failed`], with what Python printed as detail.
-pub fn judge_trial(version_dir: &Path, layers: &[Arc<LayerDoc>], output: &Output) -> Result<()> {
+/// [`Kind::Failed`], with what Python printed as detail; also when it takes longer than two minutes.
+pub fn run_trial(version_dir: &Path, layers: &[Arc<LayerDoc>]) -> Result<()> {
+    let output = start_trial(version_dir, TRIAL_TIME)?;
+    judge_trial(version_dir, layers, &output)
+}
+
+/// Runs the trial for at most `limit`. What runs at its start may be anything: whatever it leaves behind, this returns.
+fn start_trial(version_dir: &Path, limit: Duration) -> Result<Output> {
+    let python = version_dir.join(".venv/bin/python");
+    let mut command = Command::new(&python);
+    command.args(["-I", "-B", "-c", TRIAL]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    clean_environment(&mut command);
+    command.env_remove("LD_LIBRARY_PATH").env_remove("LD_PRELOAD").process_group(0);
+    Child::default().prepare(&mut command).at("preparing", &python)?;
+    let mut child = command.spawn().at("starting", &python)?;
+    let group = nix::unistd::Pid::from_raw(child.id() as i32);
+    let (stdout, stderr) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
+    let deadline = Instant::now() + limit;
+    let status = loop {
+        if let Some(status) = child.try_wait().at("waiting for", &python)? {
+            break Some(status);
+        }
+        if Instant::now() >= deadline {
+            break None;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    // Processes that it started go with it; they may hold its pipes open.
+    let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+    let said = |pipe: Option<Receiver<Vec<u8>>>| {
+        pipe.and_then(|pipe| pipe.recv_timeout(Duration::from_secs(1)).ok()).unwrap_or_default()
+    };
+    let (stdout, stderr) = (said(stdout), said(stderr));
+    match status {
+        Some(status) => Ok(Output { status, stdout, stderr }),
+        None => {
+            let _ = child.wait();
+            let message = format!("the interpreter did not start from the view within {} seconds", limit.as_secs());
+            Err(Error::new(Kind::Failed, message)
+                .detail(String::from_utf8_lossy(&stderr).trim().to_string())
+                .hint("something of a package runs at every start (a .pth file, sitecustomize) and does not end"))
+        }
+    }
+}
+
+/// Reads `pipe` to its end in a thread of its own; keeps at most 16 MiB.
+fn collect(mut pipe: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = pipe.by_ref().take(16 << 20).read_to_end(&mut bytes);
+        let _ = std::io::copy(&mut pipe, &mut std::io::sink());
+        sender.send(bytes)
+    });
+    receiver
+}
+
+/// Judges what the trial printed.
+fn judge_trial(version_dir: &Path, layers: &[Arc<LayerDoc>], output: &Output) -> Result<()> {
     let words = String::from_utf8_lossy(&output.stderr).trim().to_string();
     let fail = |message: String| {
         Err(Error::new(Kind::Failed, message)
@@ -164,6 +221,28 @@ mod tests {
             blobs: vec![],
             claims: vec![],
         })
+    }
+
+    #[test]
+    fn a_start_that_does_not_end_is_ended_with_everything_it_started() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let python = dir.path().join(".venv/bin/python");
+        std::fs::create_dir_all(python.parent().unwrap()).unwrap();
+        let write = |script: &str| {
+            std::fs::write(&python, script).unwrap();
+            std::fs::set_permissions(&python, std::fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        write("#!/bin/sh\necho loop >&2\nsleep 60 &\nwait\n");
+        let start = Instant::now();
+        let error = start_trial(dir.path(), Duration::from_millis(300)).unwrap_err();
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+        assert_eq!((error.kind(), error.detail_text()), (Kind::Failed, Some("loop")), "{error:?}");
+        // One that ends, but leaves a process that holds its pipes.
+        write("#!/bin/sh\nsleep 60 &\necho '{}'\n");
+        let start = Instant::now();
+        assert!(run_trial(dir.path(), &[]).is_err());
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::progress::Shown;
 use super::spec::name;
 use crate::build::{self, Input, Outcome, Request, Uv};
 use crate::environment::{EnvName, Version};
-use crate::error::{IoContext, Result};
+use crate::error::Result;
 use crate::mount;
 use crate::store::LayerDoc;
 
@@ -101,10 +101,7 @@ impl Create {
         let uv = Uv::new(context.settings.config.uv.clone());
         let shown = Shown::interruptible(&context.out)?;
         let trial = |draft: &Version, layers: &[Arc<LayerDoc>]| {
-            mount::trial(&store, index.clone(), draft, |dir| {
-                let output = build::trial_command(dir, draft).output().at("starting the interpreter in", dir)?;
-                build::judge_trial(dir, layers, &output)
-            })
+            mount::trial(&store, index.clone(), draft, |dir| build::run_trial(dir, layers))
         };
         let building = context.builds(&store, &index, &uv, &*shown)?;
         let created = build::create(
