@@ -26,6 +26,10 @@ const SYSCONFIG: &str = include_str!("sysconfig_append.py");
 /// Prefixes that hold much besides Python.
 const SHARED_PREFIXES: [&str; 3] = ["/", "/usr", "/usr/local"];
 
+/// What setting up a mount namespace says where it is not permitted: a sandbox, a kernel without user namespaces
+/// (EINVAL) or with a limit of them (ENOSPC). Any other failure is the interpreter's.
+const NOT_PERMITTED: [i32; 5] = [libc::EPERM, libc::EACCES, libc::ENOSYS, libc::EINVAL, libc::ENOSPC];
+
 /// Ingests the interpreter at `stage.executable` and publishes it. `stage.python` is not looked at.
 pub(super) fn ingest(store: &Store, stage: &Stage<'_>) -> Result<StoredInterpreter> {
     stage.progress.event(&Event::Step(Step::AddingInterpreter));
@@ -280,7 +284,7 @@ fn prove(original: &Full, python: &Interpreter, root: &Path, script: &Path, stag
     let executable = root.join(&python.executable);
     let hidden = hidden_paths(original, stage);
     let probed = match probe::full(&executable, script, &hidden) {
-        Err(error) if matches!(error.kind(), Kind::Os(_) | Kind::NotFound) => {
+        Err(error) if matches!(error.kind(), Kind::Os(errno) if NOT_PERMITTED.contains(&errno)) => {
             let note = "the interpreter was proved by its memory map only: this machine permits no mount namespaces";
             tracing::info!(reason = %error.chain(), "{note}");
             stage.progress.event(&Event::Note(note));
