@@ -84,7 +84,8 @@ pub(super) fn open(request: &Request) -> Result<Opened> {
             let text = read(&path)?;
             let requires_python = requires_python(&text);
             let table: Table = toml::from_str(&text).map_err(|error| {
-                Error::new(Kind::Invalid, format!("{} is no TOML document", path.display())).detail(error.to_string())
+                Error::new(Kind::Invalid, format!("{} is no TOML document", path.display()))
+                    .detail(strip_credentials(&error.to_string()))
             })?;
             let kind = if table.contains_key("lock-version") {
                 Opening::Pylock { path, text }
@@ -140,7 +141,7 @@ impl Opened {
                     base,
                     choice: Choice::default(),
                     document: ("uv.lock".into(), strip_document(&lock)?),
-                    pyproject: Some(strip_credentials(&pyproject)),
+                    pyproject: Some(strip_document(&pyproject)?),
                     source: Source::Project { project, extras, groups },
                 })
             }
@@ -161,7 +162,7 @@ impl Opened {
                     base,
                     choice: Choice::default(),
                     document: ("uv.lock".into(), strip_document(&text)?),
-                    pyproject: pyproject.map(|text| strip_credentials(&text)),
+                    pyproject: pyproject.map(|text| strip_document(&text)).transpose()?,
                     source: Source::Lock { file: file_name(&path), extras, groups },
                 })
             }

@@ -117,8 +117,8 @@ impl Lock {
         if text.len() as u64 > LOCK_MAX {
             return Err(invalid(format!("the lock is larger than {LOCK_MAX} bytes")));
         }
-        let document: Table =
-            toml::from_str(text).map_err(|error| invalid("the lock is no TOML document").detail(error.to_string()))?;
+        let document: Table = toml::from_str(text)
+            .map_err(|error| invalid("the lock is no TOML document").detail(strip_credentials(&error.to_string())))?;
         let lock_version = document.get("lock-version").and_then(Value::as_str);
         match lock_version.map(|v| v.split('.').next().unwrap_or_default()) {
             Some("1") => {}

@@ -41,8 +41,9 @@ pub fn strip_credentials(text: &str) -> String {
 /// [`strip_credentials`] for a TOML document: also what hides behind escapes of its strings.
 pub fn strip_document(text: &str) -> Result<String> {
     let stripped = strip_credentials(text);
-    let mut table: Table = toml::from_str(&stripped)
-        .map_err(|error| Error::new(Kind::Invalid, "the lock is no TOML document").detail(error.to_string()))?;
+    let mut table: Table = toml::from_str(&stripped).map_err(|error| {
+        Error::new(Kind::Invalid, "this is no TOML document").detail(strip_credentials(&error.to_string()))
+    })?;
     let mut changed = false;
     for (_, value) in table.iter_mut() {
         strip_value(value, &mut changed);
@@ -50,7 +51,8 @@ pub fn strip_document(text: &str) -> Result<String> {
     if !changed {
         return Ok(stripped);
     }
-    toml::to_string(&table).map_err(|error| Error::new(Kind::Invalid, "the lock cannot be written").with_source(error))
+    toml::to_string(&table)
+        .map_err(|error| Error::new(Kind::Invalid, "a TOML document cannot be written").with_source(error))
 }
 
 fn strip_value(value: &mut Value, changed: &mut bool) {
