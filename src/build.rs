@@ -30,6 +30,7 @@ mod probe;
 mod progress;
 mod python;
 mod record;
+mod requirements;
 mod scratch;
 mod settings;
 mod source;
@@ -156,6 +157,8 @@ pub struct Request {
     pub bytecode: bool,
     /// Check the result before it is published.
     pub validate: bool,
+    /// Build layers that are known all the same, and repair their objects in the store.
+    pub rebuild: bool,
     /// Extras of a project or lock.
     pub extras: Vec<String>,
     /// Dependency groups of a project or lock, besides its default groups.
@@ -176,6 +179,7 @@ impl Request {
             python: None,
             bytecode: true,
             validate: true,
+            rebuild: false,
             extras: Vec::new(),
             groups: Vec::new(),
             index: IndexOptions::default(),
@@ -238,7 +242,7 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
     let executable = || python::runnable(context, &interpreter);
     let resolved = opened.resolve(context, request, &executable, &scratch)?;
     let packages = resolved.lock.select(&interpreter.python, &resolved.choice)?;
-    let work = Work { context, request, interpreter: &interpreter, base: &resolved.base };
+    let work = Work { context, request, interpreter: &interpreter, base: &resolved.base, index: &resolved.index };
     let (digests, installed) = work.layers(&packages, &executable, &scratch)?;
     let layers = context.index.layers(context.store, &digests)?;
 
@@ -280,7 +284,8 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
     };
     match context.store.current(name) {
         Ok(current) if current.same_content(&draft) => return Ok(created(current, Outcome::Unchanged)),
-        Err(error) if !error.is_not_found() => return Err(error),
+        // A current version that cannot be read is no reason not to publish one that can.
+        Err(error) if !matches!(error.kind(), Kind::NotFound | Kind::Corrupt) => return Err(error),
         _ => {}
     }
     for text in [Some(lock_text), resolved.pyproject.as_ref()].into_iter().flatten() {
@@ -350,6 +355,7 @@ struct Work<'a> {
     request: &'a Request,
     interpreter: &'a StoredInterpreter,
     base: &'a Path,
+    index: &'a IndexOptions,
 }
 
 impl Work<'_> {
@@ -366,6 +372,7 @@ impl Work<'_> {
         let target = Target { platform: request.platform.as_deref(), libc: &libc, bytecode: request.bytecode };
         let keys: Vec<Option<Digest>> = packages.iter().map(|p| p.key(python, target)).collect();
         let look = |key: &Option<Digest>| match key {
+            Some(_) if request.rebuild => Ok(None),
             Some(key) => context.index.layer_of_key(context.store, key),
             None => Ok(None),
         };
@@ -389,6 +396,10 @@ impl Work<'_> {
                 let docs = self.install(&wanted, &executable()?, &scratch()?)?;
                 for (number, doc) in todo.into_iter().zip(docs) {
                     found[number] = Some(match &keys[number] {
+                        // A source distribution may have come out differently: the layer made now is whole.
+                        Some(key) if request.rebuild => {
+                            context.store.publish_key(key, &doc.digest).map(|_| doc.digest)?
+                        }
                         Some(key) => context.store.publish_key(key, &doc.digest)?,
                         None => doc.digest,
                     });
@@ -401,11 +412,11 @@ impl Work<'_> {
     fn install(&self, packages: &[&Package], executable: &Path, scratch: &Path) -> Result<Vec<LayerDoc>> {
         let context = self.context;
         context.progress.event(&Event::Step(Step::Installing));
-        let mut options = self.request.index.arguments();
+        let mut options = self.index.arguments();
         if let Some(platform) = &self.request.platform {
             options.extend(["--python-platform".to_string(), platform.clone()]);
         }
-        let variables = self.request.index.variables();
+        let variables = self.index.variables();
         let stage = Stage {
             uv: context.uv,
             executable,
@@ -417,6 +428,6 @@ impl Work<'_> {
             progress: context.progress,
         };
         let distributions = stage.install(packages)?;
-        layers::write(context.store, &stage, distributions, self.request.bytecode)
+        layers::write(context.store, &stage, distributions, self.request)
     }
 }

@@ -64,7 +64,7 @@ pub(super) fn ingest(store: &Store, stage: &Stage<'_>) -> Result<StoredInterpret
         uncompiled,
         bytecode: true,
     };
-    let layer = LayerWriter::new(store).write(meta, staged)?.digest;
+    let layer = LayerWriter::repairing(store).write(meta, staged)?.digest;
     let scaffold = layers::write_scaffold(store, &Stage { python: &python, ..*stage })?.digest;
     let threads = if python.is_free_threaded() { "t" } else { "" };
     let platform = python.abi.splitn(3, '-').nth(2).unwrap_or("unknown");

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
+use super::Request;
 use super::bytecode::{self, Job};
 use super::progress::{Event, PackageState, Step};
 use super::record;
@@ -16,13 +17,15 @@ use crate::environment::lock::strip_credentials;
 use crate::error::{IoContext, Result};
 use crate::store::{LayerDoc, LayerKind, LayerMeta, LayerWriter, Staged, StagedKind, Store};
 
-/// Byte-compiles `distributions` (unless told not to) and writes a layer each, in the same order.
+/// Byte-compiles `distributions` (unless `request` says not to) and writes a layer each, in the same order.
 pub(super) fn write(
     store: &Store,
     stage: &Stage<'_>,
     distributions: Vec<Distribution>,
-    with_bytecode: bool,
+    request: &Request,
 ) -> Result<Vec<LayerDoc>> {
+    let with_bytecode = request.bytecode;
+    let writer = if request.rebuild { LayerWriter::repairing(store) } else { LayerWriter::new(store) };
     let out_root = stage.scratch.join("bytecode");
     let mut compiled = BTreeMap::new();
     let mut jobs: Vec<(usize, Job)> = Vec::new();
@@ -48,7 +51,7 @@ pub(super) fn write(
             let name = meta.name.clone();
             let mut staged = stage_files(&distribution)?;
             staged.extend(pycs);
-            let doc = LayerWriter::new(store)
+            let doc = writer
                 .write(meta, staged)
                 .map_err(|e| e.context(format!("the layer of {label} could not be written")))?;
             stage.progress.event(&Event::Package { name: &name, state: PackageState::Stored });

@@ -29,8 +29,6 @@ pub(super) struct Said {
     pub(super) index_url: Option<String>,
     /// `--extra-index-url`.
     pub(super) extra_index_urls: Vec<String>,
-    /// `--find-links`.
-    pub(super) find_links: Vec<String>,
 }
 
 /// Reads requirement strings and files, and the files that these include.
@@ -81,7 +79,6 @@ impl Said {
                 "--require-hashes" => self.all = true,
                 "-i" | "--index-url" | "--pypi-url" => self.index_url = words.next().map(str::to_string),
                 "--extra-index-url" => self.extra_index_urls.extend(words.next().map(str::to_string)),
-                "-f" | "--find-links" => self.find_links.extend(words.next().map(str::to_string)),
                 "-r" | "--requirement" => {
                     if let Some(file) = words.next() {
                         self.file(&base.join(file), depth + 1)?;
@@ -127,7 +124,8 @@ impl Said {
         if self.hashes.is_empty() && !self.all {
             return Ok(text);
         }
-        let unreadable = |e: toml::de::Error| Error::new(Kind::Failed, "uv wrote a lock that is no TOML").with_source(e);
+        let unreadable =
+            |e: toml::de::Error| Error::new(Kind::Failed, "uv wrote a lock that is no TOML").with_source(e);
         let mut lock: Table = toml::from_str(&text).map_err(unreadable)?;
         for entry in lock.get_mut("packages").and_then(Value::as_array_mut).into_iter().flatten() {
             let Some(entry) = entry.as_table_mut() else { continue };
@@ -168,9 +166,12 @@ fn keep(entry: &mut Table, name: &str, wanted: &BTreeSet<String>) -> Result<()> 
         return Ok(());
     }
     let version = entry.get("version").and_then(Value::as_str).map(|v| format!("=={v}")).unwrap_or_default();
-    Err(Error::new(Kind::Invalid, format!("hash mismatch: no file of {name}{version} has a hash that was written for it"))
-        .detail(wanted.iter().map(|hash| format!("written: {hash}")).collect::<Vec<_>>().join("\n"))
-        .hint("the index has other files than the requirements name: find out why before you change the hashes"))
+    Err(Error::new(
+        Kind::Invalid,
+        format!("hash mismatch: no file of {name}{version} has a hash that was written for it"),
+    )
+    .detail(wanted.iter().map(|hash| format!("written: {hash}")).collect::<Vec<_>>().join("\n"))
+    .hint("the index has other files than the requirements name: find out why before you change the hashes"))
 }
 
 fn without_comment(line: &str) -> &str {
@@ -259,7 +260,7 @@ mod tests {
     fn indexes_are_found() {
         let said = lines("-i https://u:p@h/simple\n--extra-index-url=https://b/simple\n-f ./wheels").unwrap();
         assert_eq!(said.index_url.as_deref(), Some("https://u:p@h/simple"));
-        assert_eq!((said.extra_index_urls, said.find_links), (vec!["https://b/simple".into()], vec!["./wheels".into()]));
+        assert_eq!(said.extra_index_urls, ["https://b/simple"]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use toml::{Table, Value};
 use super::progress::{Event, Step};
 use super::settings;
 use super::uv::Call;
-use super::{Context, Input, Request};
+use super::{Context, IndexOptions, Input, Request, requirements};
 use crate::environment::Source;
 use crate::environment::lock::{Choice, Lock, strip_credentials, strip_document};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -41,6 +41,8 @@ pub(super) struct Resolved {
     /// Name and text of the lock that is shown; no credentials.
     pub(super) document: (String, String),
     pub(super) pyproject: Option<String>,
+    /// Where the installation looks: what was asked for, and what the source names; with credentials.
+    pub(super) index: IndexOptions,
     pub(super) source: Source,
 }
 
@@ -127,6 +129,7 @@ impl Opened {
                     choice,
                     document: ("pylock.toml".into(), strip_document(&text)?),
                     pyproject: None,
+                    index: request.index.clone(),
                     source: Source::Lock { file, extras, groups },
                 })
             }
@@ -142,6 +145,7 @@ impl Opened {
                     choice: Choice::default(),
                     document: ("uv.lock".into(), strip_document(&lock)?),
                     pyproject: Some(strip_document(&pyproject)?),
+                    index: with_indexes_of(&table, &request.index),
                     source: Source::Project { project, extras, groups },
                 })
             }
@@ -162,6 +166,10 @@ impl Opened {
                     base,
                     choice: Choice::default(),
                     document: ("uv.lock".into(), strip_document(&text)?),
+                    index: with_indexes_of(
+                        &pyproject.as_deref().and_then(|text| toml::from_str(text).ok()).unwrap_or_default(),
+                        &request.index,
+                    ),
                     pyproject: pyproject.map(|text| strip_document(&text)).transpose()?,
                     source: Source::Lock { file: file_name(&path), extras, groups },
                 })
@@ -180,6 +188,10 @@ fn compile(context: &Context<'_>, request: &Request, executable: &Path) -> Resul
             .hint("write an extra into the requirement: 'package[extra]'"));
     }
     let base = env::current_dir().at("finding", ".")?;
+    let said = requirements::read(requirements, files)?;
+    let mut index = request.index.clone();
+    index.index_url = index.index_url.or(said.index_url.clone());
+    index.extra_index_urls.extend(said.extra_index_urls.iter().cloned());
     let text = if requirements.is_empty() && files.is_empty() {
         "lock-version = \"1.0\"\ncreated-by = \"envfabric\"\npackages = []\n".to_string()
     } else {
@@ -202,7 +214,8 @@ fn compile(context: &Context<'_>, request: &Request, executable: &Path) -> Resul
         let input = requirements.iter().map(|r| format!("{r}\n")).collect::<String>();
         let variables = request.index.variables();
         let call = Call { args, input: Some(&input), variables: &variables, sealed: false };
-        context.uv.call(call, context.progress).map_err(|e| e.context("the requirements could not be resolved"))?
+        let resolved = context.uv.call(call, context.progress);
+        said.restrict(resolved.map_err(|e| e.context("the requirements could not be resolved"))?)?
     };
     Ok(Resolved {
         lock: Lock::parse(&text)?,
@@ -210,6 +223,7 @@ fn compile(context: &Context<'_>, request: &Request, executable: &Path) -> Resul
         choice: Choice::default(),
         document: ("pylock.toml".into(), strip_document(&text)?),
         pyproject: None,
+        index,
         source: Source::Requirements {
             requirements: requirements.iter().map(|r| strip_credentials(r)).collect(),
             files: files.iter().map(|f| file_name(f)).collect(),
@@ -262,6 +276,15 @@ fn export(
         .call(call, context.progress)
         .map_err(|e| e.context(format!("{} could not be read", dir.join("uv.lock").display())))?;
     Ok((Lock::parse(&read(&out)?)?, scratch.to_path_buf()))
+}
+
+/// `index` and the indexes of a project, which uv is not told otherwise when it installs from the exported lock.
+fn with_indexes_of(pyproject: &Table, index: &IndexOptions) -> IndexOptions {
+    let mut index = index.clone();
+    let own = pyproject.get("tool").and_then(|t| t.get("uv")).and_then(|t| t.get("index")).and_then(Value::as_array);
+    let urls = own.into_iter().flatten().filter_map(|entry| entry.get("url")?.as_str());
+    index.extra_index_urls.extend(urls.filter(|url| url.contains("://")).map(str::to_string));
+    index
 }
 
 /// Says what to do about a lock that does not match its project.

@@ -15,7 +15,7 @@ use super::progress::Shown;
 use super::spec::name;
 use crate::build::{self, Input, Outcome, Request, Uv};
 use crate::environment::{EnvName, Version};
-use crate::error::Result;
+use crate::error::{IoContext, Result};
 use crate::mount;
 use crate::store::LayerDoc;
 
@@ -65,6 +65,9 @@ pub(crate) struct Create {
     /// Directory or page with wheels (repeatable)
     #[arg(long, value_name = "DIR|URL")]
     find_links: Vec<String>,
+    /// Build layers that the store has anew, and repair what is damaged of them
+    #[arg(long)]
+    rebuild: bool,
     /// Install wheels only, build nothing from source
     #[arg(long)]
     no_build: bool,
@@ -201,6 +204,7 @@ impl Create {
         request.python = self.python.clone();
         request.bytecode = !self.no_bytecode;
         request.validate = !self.no_validate;
+        request.rebuild = self.rebuild;
         request.extras = self.extra.clone();
         request.groups = self.group.clone();
         request.index.index_url = self.index_url.clone().or_else(|| config.index_url.clone());
