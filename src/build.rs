@@ -337,9 +337,11 @@ fn validate(
         return Ok(());
     }
     trial(draft, layers).map_err(|error| match error.kind() {
-        Kind::Unsupported => error
-            .context(format!("{} cannot be tried on this machine", draft.environment))
-            .hint("publish it without this check with --no-validate, or build where environments can be mounted"),
+        Kind::Unsupported | Kind::Os(libc::EPERM) => {
+            let first = "publish it without this check with --no-validate";
+            let hint = error.hint_text().map_or_else(|| first.to_string(), |hint| format!("{first}, or {hint}"));
+            error.context(format!("{} cannot be tried on this machine", draft.environment)).hint(hint)
+        }
         _ => error,
     })?;
     context.index.set_note(&note, &now().to_string())

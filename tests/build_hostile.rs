@@ -172,3 +172,34 @@ fn files_installed_through_lib64_belong_to_their_package() {
     let paths = room.paths(&layer(&created, "through").digest);
     assert!(paths.contains(&"lib/python3.11/site-packages/through/b.py".to_string()), "{paths:?}");
 }
+
+#[test]
+fn credentials_of_an_index_stand_neither_on_a_command_line_nor_in_the_store() {
+    use std::os::unix::fs::PermissionsExt;
+    let mut room = Room::new();
+    let (program, said) = (room.path("uv"), room.path("said"));
+    let uv = room.uv.path().unwrap().display().to_string();
+    let script = format!(
+        "#!/bin/sh\necho \"$UV_DEFAULT_INDEX $UV_INDEX $@\" | tee -a {0} >/dev/null\necho \"$@\" >>{0}.argv\nexec {uv} \"$@\"\n",
+        said.display()
+    );
+    fs::write(&program, script).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    room.uv = Uv::new(Some(program));
+    let dir = room.path("links");
+    fs::create_dir(&dir).unwrap();
+    wheel(&dir, "linked", &[("linked.py", "")]);
+    let mut request = room.request(wanted(&["linked"]));
+    request.index.index_url = Some("http://user:s3cret@127.0.0.1:9/simple".into());
+    request.index.extra_index_urls = vec!["http://user:s3cret@127.0.0.1:9/more".into()];
+    request.index.find_links = vec![dir.display().to_string()];
+    request.index.offline = true;
+    let created = build::create(&room.context(), &request).unwrap();
+    assert_eq!(created.layers.len(), 1);
+    let environment = fs::read_to_string(&said).unwrap();
+    assert!(environment.contains("s3cret@127.0.0.1:9/simple") && environment.contains("9/more"), "{environment}");
+    let lines = fs::read_to_string(room.path("said.argv")).unwrap();
+    assert!(lines.contains("pip sync") && !lines.contains("s3cret"), "{lines}");
+    let found = std::process::Command::new("grep").args(["-r", "s3cret"]).arg(room.path("store")).status().unwrap();
+    assert_eq!(found.code(), Some(1), "nothing in the store has the password");
+}
