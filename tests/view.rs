@@ -454,7 +454,10 @@ fn who_lists_a_directory_in_parts_meets_every_name_once_while_others_come_and_go
             met.push(String::from_utf8(entry.name.to_vec()).unwrap());
             offset = entry.offset;
         }
-        // One that was met and one that was not go away, and others come before and behind the place.
+        if step >= 6 {
+            continue; // or it would never end
+        }
+        // One that was met and one that was not go away, and others come.
         fixture.store.remove(&fixture.name(&format!("demo/n{:02}", step * 2))).unwrap();
         fixture.store.remove(&fixture.name(&format!("demo/n{:02}", 39 - step))).unwrap();
         publish(&format!("a{step}"));
