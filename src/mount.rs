@@ -23,7 +23,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use fuser::{Config, Generation, Session, SessionACL};
 use signal_hook::iterator::Signals;
 
-pub use attach::{preflight, umount};
+pub use attach::{fusermount, preflight, umount};
 pub use passthrough::is_local;
 pub use table::{MountInfo, find, mounts};
 

@@ -142,9 +142,7 @@ fn fusermount() -> Option<Check> {
     if nix::unistd::geteuid().is_root() {
         return None;
     }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).map(|d| d.join("fusermount3")).find(|p| p.is_file());
-    Some(match found {
+    Some(match mount::fusermount() {
         Some(path) => {
             let conf = fs::read_to_string("/etc/fuse.conf").unwrap_or_default();
             let allowed = conf.lines().any(|l| l.trim() == "user_allow_other");

@@ -28,7 +28,7 @@ pub fn preflight(dir: &Path) -> Result<PathBuf> {
             .hint("run `modprobe fuse` as root; in a container give it --device /dev/fuse --cap-add SYS_ADMIN"));
     }
     if !is_root() {
-        fusermount()?;
+        need_fusermount()?;
         // fusermount3 opens it as the user it works for.
         OpenOptions::new().read(true).write(true).open(DEVICE).map_err(|error| {
             Error::io("opening", Path::new(DEVICE), error)
@@ -96,7 +96,7 @@ fn attach_as_root(dir: &Path, store: &Path, allow_other: bool) -> Result<OwnedFd
 /// `fusermount3` mounts for us and sends the connection through a socket, which it gets as its standard input: so no
 /// descriptor has to survive exec.
 fn attach_as_user(dir: &Path, store: &Path, allow_other: bool) -> Result<OwnedFd> {
-    let program = fusermount()?;
+    let program = need_fusermount()?;
     let failed = |what: &str| {
         Error::new(Kind::Failed, format!("{} did not mount at {}: {what}", program.display(), dir.display()))
     };
@@ -146,12 +146,15 @@ fn receive_descriptor(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
     Ok(None)
 }
 
-/// The set-user-id helper of an ordinary user.
-fn fusermount() -> Result<PathBuf> {
+/// The set-user-id helper with which an ordinary user mounts: on `PATH`, or where it usually is.
+pub fn fusermount() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let usual = ["/usr/bin", "/bin", "/usr/local/bin"].map(PathBuf::from);
-    let found = std::env::split_paths(&path).chain(usual).map(|dir| dir.join("fusermount3")).find(|p| p.is_file());
-    found.ok_or_else(|| {
+    std::env::split_paths(&path).chain(usual).map(|dir| dir.join("fusermount3")).find(|p| p.is_file())
+}
+
+fn need_fusermount() -> Result<PathBuf> {
+    fusermount().ok_or_else(|| {
         Error::new(Kind::Unsupported, "fusermount3 is missing: an ordinary user cannot mount without it")
             .hint("have root install it (Debian, Ubuntu: `apt install fuse3`), or mount as root")
     })
@@ -163,7 +166,7 @@ pub(super) fn detach(dir: &Path, lazy: bool) -> nix::Result<()> {
         let flags = if lazy { MntFlags::MNT_DETACH } else { MntFlags::empty() };
         return nix::mount::umount2(dir, flags | MntFlags::UMOUNT_NOFOLLOW);
     }
-    let Ok(program) = fusermount() else { return Err(nix::Error::ENOENT) };
+    let Some(program) = fusermount() else { return Err(nix::Error::ENOENT) };
     let mut command = Command::new(program);
     command.arg("-u").args(lazy.then_some("-z")).arg("--").arg(dir).stdin(Stdio::null());
     match command.output() {

@@ -1,4 +1,4 @@
-//! The one unsafe line of this program.
+//! The unsafe line of the mount; the other calls that need `unsafe` are in `crate::sys`.
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
