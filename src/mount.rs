@@ -15,6 +15,7 @@ mod fd;
 mod passthrough;
 mod refresh;
 mod table;
+mod trial;
 
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
@@ -26,8 +27,8 @@ use signal_hook::iterator::Signals;
 pub use attach::{fusermount, preflight, umount};
 pub use passthrough::is_local;
 pub use table::{MountInfo, find, mounts};
+pub use trial::{clear_dead_trials, end_trials, trial};
 
-use crate::environment::Version;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::store::{Index, Store};
 use crate::view::{Mountpoint, Tree};
@@ -86,10 +87,10 @@ struct Served {
 /// # Errors
 /// See the messages: FUSE is missing, the mount point is in use, stale, not empty, or not permitted.
 pub fn mount(store: Store, index: Arc<Index>, options: &Options) -> Result<Mounted> {
-    serve(Tree::new(store, index), options)
+    serve(Tree::new(store, index), options, table::SOURCE)
 }
 
-fn serve(tree: Tree, options: &Options) -> Result<Mounted> {
+fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
     let dir = attach::preflight(&options.mount_point)?;
     attach::raise_open_files();
     let tree = Arc::new(tree);
@@ -108,10 +109,10 @@ fn serve(tree: Tree, options: &Options) -> Result<Mounted> {
     config.n_threads = Some(options.threads.max(1));
     config.clone_fd = true;
 
-    let device = attach::attach(&dir, tree.store().root(), options.allow_other)?;
+    let device = attach::attach(&dir, source, tree.store().root(), options.allow_other)?;
     let started = (|| {
         // The kernel's own table, and not stat(): nobody answers yet.
-        let line = table::on_top(&dir)?.and_then(|line| table::ours(&line));
+        let line = table::on_top(&dir)?.filter(|line| table::of_this_program(line).is_some());
         let line = line.ok_or_else(|| Error::new(Kind::Failed, format!("the mount at {} is gone", dir.display())))?;
         let at = Mountpoint { path: dir.clone(), dev: line.dev };
         tree.set_mountpoint(at.clone());
@@ -239,20 +240,4 @@ impl Drop for Mounted {
             tracing::warn!(mount_point = %self.at.path.display(), %errno, "the mount could not be taken away");
         }
     }
-}
-
-/// Mounts nothing but `draft` in a temporary directory, gives `f` the path of the version's directory
-/// (`<dir>/<workflow>/<node>/.versions/<n>`), and unmounts, whatever `f` does.
-pub fn trial<T>(store: &Store, index: Arc<Index>, draft: &Version, f: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
-    let dir = tempfile::Builder::new().prefix("envfabric-trial-").tempdir().at("creating", std::env::temp_dir())?;
-    let name = &draft.environment;
-    let tree = Tree::of_draft(store.clone(), index, draft.clone());
-    let mounted = serve(tree, &Options::at(dir.path()))?;
-    let path = mounted.mount_point().join(name.workflow()).join(name.node()).join(".versions");
-    let result = f(&path.join(draft.number.to_string()));
-    // Something that `f` started may still be there: then it is taken away lazily, by the drop.
-    if let Err(error) = mounted.unmount() {
-        tracing::debug!(error = error.chain(), "a trial mount was still in use");
-    }
-    result
 }

@@ -15,7 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use common::*;
-use envfabric::mount::{Ended, Options, find, mount, mounts, umount};
+use envfabric::mount::{Ended, Options, clear_dead_trials, end_trials, find, mount, mounts, trial, umount};
 use envfabric::store::{Index, Store};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -25,6 +25,9 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 #[test]
 fn child() {
     let Ok(dir) = std::env::var("TEST_MOUNT") else { return };
+    if std::env::var("TEST_TRIAL").is_ok() {
+        return child_in_trial();
+    }
     let store = Store::open(Path::new(&std::env::var("TEST_STORE").unwrap())).unwrap();
     let index = Index::open(Path::new(&std::env::var("TEST_INDEX").unwrap()), &store).unwrap();
     let signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).unwrap();
@@ -40,6 +43,25 @@ fn child() {
     std::process::exit(if ended == Ended::Unmounted { 0 } else { 7 });
 }
 
+fn child_in_trial() {
+    let store = Store::open(Path::new(&std::env::var("TEST_STORE").unwrap())).unwrap();
+    let index = Index::open(Path::new(&std::env::var("TEST_INDEX").unwrap()), &store).unwrap();
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM]).unwrap();
+    std::thread::spawn(move || {
+        signals.forever().next();
+        end_trials();
+        std::process::exit(130);
+    });
+    let draft = store.current(&"demo/a".parse().unwrap()).unwrap();
+    let ended = trial(&store, Arc::new(index), &draft, |_| -> envfabric::error::Result<()> {
+        println!("\nMOUNTED");
+        loop {
+            std::thread::sleep(std::time::Duration::from_secs(100));
+        }
+    });
+    panic!("{ended:?}");
+}
+
 /// A server in a process of its own; killed, and its mount taken away, at the latest when dropped.
 struct Server {
     child: Child,
@@ -50,6 +72,10 @@ struct Server {
 
 impl Server {
     fn start(fixture: &Fixture, dir: &Path, user: Option<u32>) -> (Server, String) {
+        Server::start_with(fixture, dir, user, &[])
+    }
+
+    fn start_with(fixture: &Fixture, dir: &Path, user: Option<u32>, vars: &[(&str, &Path)]) -> (Server, String) {
         let exe = std::env::current_exe().unwrap();
         let index = dir.with_extension("index");
         fs::create_dir_all(&index).unwrap();
@@ -64,6 +90,7 @@ impl Server {
         };
         command.args(["--exact", "child", "--nocapture"]);
         command.env("TEST_MOUNT", dir).env("TEST_STORE", fixture.store.root()).env("TEST_INDEX", &index);
+        command.envs(vars.iter().copied());
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut output = BufReader::new(child.stdout.take().unwrap());
         let said = |line: &String| line.starts_with("MOUNTED") || line.starts_with("REFUSED");
@@ -89,11 +116,12 @@ impl Drop for Server {
     }
 }
 
-struct LaidOver(&'static str);
+/// Unmounted lazily when dropped.
+struct Unmounted(std::path::PathBuf);
 
-impl Drop for LaidOver {
+impl Drop for Unmounted {
     fn drop(&mut self) {
-        let _ = nix::mount::umount2(self.0, nix::mount::MntFlags::MNT_DETACH);
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
     }
 }
 
@@ -227,7 +255,7 @@ fn an_ordinary_user_mounts_through_fusermount3() {
         let made = Command::new("mknod").arg("-m666").arg(&copy).args(["c", "10", "229"]).status();
         let laid = Command::new("mount").arg("--bind").arg(&copy).arg("/dev/fuse").status();
         assert!(made.unwrap().success() && laid.unwrap().success());
-        LaidOver("/dev/fuse")
+        Unmounted("/dev/fuse".into())
     });
     let dir = fixture.place("with, comma and space");
     chown(&dir, Some(USER), Some(USER)).unwrap();
@@ -258,4 +286,32 @@ fn an_ordinary_user_mounts_through_fusermount3() {
     let (mut server, said) = Server::start(&fixture, &foreign, Some(USER));
     assert!(said.starts_with("REFUSED"), "{said}");
     assert_eq!(server.ends_with(), Some(3));
+}
+
+#[test]
+fn a_trial_that_is_killed_is_cleared_by_the_next_and_a_signal_ends_one_at_once() {
+    needs_mounts!();
+    let fixture = Fixture::new();
+    fixture.publish("demo/a", fixture.packages());
+    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+        let temporary = fixture.place(&format!("tmp {signal}"));
+        let vars: [(&str, &Path); 2] = [("TEST_TRIAL", Path::new("1")), ("TMPDIR", &temporary)];
+        let (mut server, said) = Server::start_with(&fixture, &fixture.dir.path().join("m"), None, &vars);
+        assert_eq!(said, "MOUNTED");
+        let dir = fs::read_dir(&temporary).unwrap().next().unwrap().unwrap().path();
+        let _at_last = Unmounted(dir.clone());
+        let listed =
+            || fs::read_to_string("/proc/self/mountinfo").unwrap().contains(dir.file_name().unwrap().to_str().unwrap());
+        assert!(listed() && !is_mounted(&dir), "it is there, but not as a mount to use");
+        clear_dead_trials();
+        assert!(dir.join("demo/a/.versions/1/.venv/bin/alpha").exists(), "who lives is left alone");
+        server.signal(signal);
+        server.ends_with();
+        if signal == Signal::SIGKILL {
+            assert!(listed());
+            clear_dead_trials();
+        }
+        assert!(!listed());
+        assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0);
+    }
 }

@@ -1,5 +1,6 @@
 //! Makes a mount and takes it away: the system calls, or `fusermount3` for an ordinary user.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, OpenOptions};
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -10,7 +11,7 @@ use std::process::{Command, Stdio};
 use nix::mount::{MntFlags, MsFlags};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-use super::table::{self, FS_TYPE, MountInfo, SOURCE};
+use super::table::{self, FS_TYPE, MountInfo};
 use crate::error::{Error, IoContext, Kind, Result};
 
 const DEVICE: &str = "/dev/fuse";
@@ -43,7 +44,7 @@ pub fn preflight(dir: &Path) -> Result<PathBuf> {
             return Err(Error::new(Kind::Busy, format!("the mount at {shown} is stale: its server is gone"))
                 .hint(format!("run `envfabric umount {shown}` and mount again")));
         }
-        return Err(match table::ours(&line) {
+        return Err(match table::of_this_program(&line) {
             Some(mount) => {
                 Error::new(Kind::Busy, format!("{shown} is already mounted, with store {}", mount.store.display()))
                     .hint(format!("use it, or run `envfabric umount {shown}` first"))
@@ -69,20 +70,22 @@ pub fn preflight(dir: &Path) -> Result<PathBuf> {
 }
 
 /// Mounts at `dir`, which [`preflight`] has seen, and returns the connection to the kernel.
-pub(super) fn attach(dir: &Path, store: &Path, allow_other: bool) -> Result<OwnedFd> {
-    if is_root() { attach_as_root(dir, store, allow_other) } else { attach_as_user(dir, store, allow_other) }
+///
+/// The kernel lists `source` (one of [`table`]) and the path of `store` as where it comes from.
+pub(super) fn attach(dir: &Path, source: &str, store: &Path, allow_other: bool) -> Result<OwnedFd> {
+    let mut source = OsString::from(source);
+    source.push(store);
+    if is_root() { attach_as_root(dir, &source, allow_other) } else { attach_as_user(dir, &source, allow_other) }
 }
 
-fn attach_as_root(dir: &Path, store: &Path, allow_other: bool) -> Result<OwnedFd> {
+fn attach_as_root(dir: &Path, source: &OsStr, allow_other: bool) -> Result<OwnedFd> {
     let device = OpenOptions::new().read(true).write(true).open(DEVICE).at("opening", DEVICE)?;
     let mut data = format!("fd={},rootmode=40000,user_id=0,group_id=0,default_permissions", device.as_raw_fd());
     if allow_other {
         data.push_str(",allow_other");
     }
-    let mut source = std::ffi::OsString::from(SOURCE);
-    source.push(store);
     let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    nix::mount::mount(Some(source.as_os_str()), dir, Some(FS_TYPE), flags, Some(data.as_str())).map_err(|errno| {
+    nix::mount::mount(Some(source), dir, Some(FS_TYPE), flags, Some(data.as_str())).map_err(|errno| {
         let error = Error::io("mounting at", dir, errno.into());
         match errno {
             nix::Error::EPERM => error.hint("a container needs --cap-add SYS_ADMIN and --device /dev/fuse to mount"),
@@ -95,14 +98,14 @@ fn attach_as_root(dir: &Path, store: &Path, allow_other: bool) -> Result<OwnedFd
 
 /// `fusermount3` mounts for us and sends the connection through a socket, which it gets as its standard input: so no
 /// descriptor has to survive exec.
-fn attach_as_user(dir: &Path, store: &Path, allow_other: bool) -> Result<OwnedFd> {
+fn attach_as_user(dir: &Path, source: &OsStr, allow_other: bool) -> Result<OwnedFd> {
     let program = need_fusermount()?;
     let failed = |what: &str| {
         Error::new(Kind::Failed, format!("{} did not mount at {}: {what}", program.display(), dir.display()))
     };
     let (ours, theirs) = UnixStream::pair().at("making a socket for", &program)?;
     // Commas separate options; a backslash takes their meaning.
-    let source = format!("{SOURCE}{}", store.display()).replace('\\', "\\\\").replace(',', "\\,");
+    let source = source.to_string_lossy().replace('\\', "\\\\").replace(',', "\\,");
     let mut options = format!("ro,nosuid,nodev,default_permissions,subtype=envfabric,fsname={source}");
     if allow_other {
         options.push_str(",allow_other");
@@ -191,7 +194,7 @@ pub fn umount(dir: &Path, lazy: bool) -> Result<()> {
     let Some(line) = table::on_top(&here)? else {
         return Err(Error::new(Kind::NotFound, format!("nothing is mounted at {shown}")));
     };
-    let Some(mount) = table::ours(&line) else {
+    let Some(mount) = table::of_this_program(&line) else {
         return Err(Error::new(
             Kind::Usage,
             format!("what is mounted at {shown} ({}) is not envfabric's", line.fs_type),
@@ -207,9 +210,10 @@ pub fn umount(dir: &Path, lazy: bool) -> Result<()> {
 
 /// [`Kind::Busy`] for a mount that is served here.
 pub(super) fn busy_at(at: &crate::view::Mountpoint) -> Error {
-    let mounts = table::mounts().unwrap_or_default();
-    match mounts.iter().rfind(|mount| mount.dev == at.dev && mount.mount_point == at.path) {
-        Some(mount) => busy(mount),
+    let lines = table::lines().unwrap_or_default();
+    let line = lines.iter().rfind(|line| line.dev == at.dev && line.mount_point_path() == at.path);
+    match line.and_then(table::of_this_program) {
+        Some(mount) => busy(&mount),
         None => Error::new(Kind::Busy, format!("{} is in use", at.path.display())),
     }
 }

@@ -12,6 +12,8 @@ use crate::view::mountinfo::{self, MountLine};
 pub(super) const FS_TYPE: &str = "fuse.envfabric";
 /// The source of a mount is this and the path of the store.
 pub(super) const SOURCE: &str = "envfabric:";
+/// The same of a trial, which nobody but its build may use.
+pub(super) const TRIAL_SOURCE: &str = "envfabric-trial:";
 
 /// Symbolic links that are followed to a mount point, as many as the kernel follows.
 const LINKS_MAX: usize = 40;
@@ -31,7 +33,7 @@ pub struct MountInfo {
     pub id: u32,
 }
 
-/// Every mount of ours that this process sees, bind mounts included, in the order they were mounted.
+/// Every mount of ours that this process sees, bind mounts included and trials not, in the order they were mounted.
 pub fn mounts() -> Result<Vec<MountInfo>> {
     Ok(lines()?.iter().filter_map(ours).collect())
 }
@@ -42,8 +44,22 @@ pub(super) fn lines() -> Result<Vec<MountLine>> {
 }
 
 pub(super) fn ours(line: &MountLine) -> Option<MountInfo> {
+    with_source(line, SOURCE)
+}
+
+/// As [`ours`], for a trial.
+pub(super) fn trial(line: &MountLine) -> Option<MountInfo> {
+    with_source(line, TRIAL_SOURCE)
+}
+
+/// As [`ours`], trials too.
+pub(super) fn of_this_program(line: &MountLine) -> Option<MountInfo> {
+    ours(line).or_else(|| trial(line))
+}
+
+fn with_source(line: &MountLine, source: &str) -> Option<MountInfo> {
     let path = |bytes: &[u8]| PathBuf::from(OsString::from_vec(bytes.to_vec()));
-    let store = line.source.strip_prefix(SOURCE.as_bytes()).filter(|_| line.fs_type == FS_TYPE)?;
+    let store = line.source.strip_prefix(source.as_bytes()).filter(|_| line.fs_type == FS_TYPE)?;
     Some(MountInfo {
         mount_point: line.mount_point_path(),
         store: path(store),
