@@ -315,3 +315,58 @@ fn a_trial_that_is_killed_is_cleared_by_the_next_and_a_signal_ends_one_at_once()
         assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0);
     }
 }
+
+#[test]
+fn a_store_that_is_away_for_a_while_takes_no_name_with_it() {
+    needs_mounts!();
+    let fixture = Fixture::new();
+    for name in ["demo/a", "demo/b", "other/c"] {
+        fixture.publish(name, fixture.packages());
+    }
+    let options = Options::at(fixture.dir.path().join("m"));
+    let mounted = mount(fixture.store.clone(), fixture.index.clone(), &options).unwrap();
+    let root = mounted.mount_point();
+    let names = |path: &str| -> Vec<String> {
+        let entries = fs::read_dir(root.join(path)).unwrap();
+        let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    };
+    let seen = || {
+        let link = fs::read_link(root.join("demo/a/.venv")).unwrap();
+        let mtimes = ["", "demo", "demo/a", "demo/a/.versions"]
+            .map(|dir| fs::metadata(root.join(dir)).unwrap().modified().unwrap());
+        ([names(""), names("demo"), names("other"), names("demo/a"), names("demo/a/.versions")], link, mtimes)
+    };
+    let before = seen();
+    assert_eq!(before.0[..3], [vec!["demo", "other"], vec!["a", "b"], vec!["c"]]);
+    let pinned = root.join("demo/a/.versions/1/.venv/lib/python3.11/site-packages");
+    assert_eq!(fs::read(pinned.join("beta/data/small.bin")).unwrap(), noise(5_000, 201));
+    // Somebody works inside, and something is mounted below a name.
+    let bound = Unmounted(fixture.place("bound"));
+    let made = Command::new("mount").arg("--bind").arg(root.join("demo/a")).arg(&bound.0).status();
+    assert!(made.unwrap().success());
+    let inside = fs::File::open(&pinned).unwrap();
+    let (envs, away) = (fixture.store.root().join("envs"), fixture.store.root().join("envs.away"));
+    fs::rename(&envs, &away).unwrap();
+    fs::write(&envs, "").unwrap(); // what a reading of it then says is an error, and not that there is nothing
+    let start = std::time::Instant::now();
+    while start.elapsed() < std::time::Duration::from_secs(2) {
+        assert_eq!(seen(), before);
+        assert_eq!(fs::read(pinned.join("beta/data/small.bin")).unwrap(), noise(5_000, 201));
+        assert!(pinned.join("gamma/alias").is_symlink());
+        assert!(bound.0.join(".venv/bin/alpha").exists());
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    let again = fs::metadata(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&inside))).unwrap();
+    assert_eq!(again.ino(), fs::metadata(&pinned).unwrap().ino());
+    fs::remove_file(&envs).unwrap();
+    fs::rename(&away, &envs).unwrap();
+    assert_eq!(seen(), before);
+    fixture.publish("demo/new", vec![]);
+    until("a new name is listed", || names("demo") == ["a", "b", "new"]);
+    fixture.publish("demo/a", vec![]);
+    until("a new version is current", || {
+        fs::read_link(root.join("demo/a/.venv")).unwrap() == Path::new(".versions/2/.venv")
+    });
+}

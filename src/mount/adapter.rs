@@ -317,7 +317,7 @@ impl Filesystem for Adapter {
                 NAME_MAX as u32,
                 stat.fragment_size() as u32,
             ),
-            Err(errno) => reply.error(Errno::from_i32(errno as i32)),
+            Err(errno) => reply.error(self.errno(&Error::io("looking at", self.tree.store().root(), errno.into()))),
         }
     }
 
