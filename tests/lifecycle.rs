@@ -347,21 +347,29 @@ fn a_store_that_is_away_for_a_while_takes_no_name_with_it() {
     let made = Command::new("mount").arg("--bind").arg(root.join("demo/a")).arg(&bound.0).status();
     assert!(made.unwrap().success());
     let inside = fs::File::open(&pinned).unwrap();
-    let (envs, away) = (fixture.store.root().join("envs"), fixture.store.root().join("envs.away"));
-    fs::rename(&envs, &away).unwrap();
-    fs::write(&envs, "").unwrap(); // what a reading of it then says is an error, and not that there is nothing
-    let start = std::time::Instant::now();
-    while start.elapsed() < std::time::Duration::from_secs(2) {
-        assert_eq!(seen(), before);
-        assert_eq!(fs::read(pinned.join("beta/data/small.bin")).unwrap(), noise(5_000, 201));
-        assert!(pinned.join("gamma/alias").is_symlink());
-        assert!(bound.0.join(".venv/bin/alpha").exists());
-        std::thread::sleep(std::time::Duration::from_millis(100));
+    let store = fixture.store.root();
+    // The store itself, as when a NAS is unmounted; and what cannot be read where its names are.
+    for (gone, file) in [(store.to_path_buf(), false), (store.join("envs"), true)] {
+        let away = gone.with_extension("away");
+        fs::rename(&gone, &away).unwrap();
+        if file {
+            fs::write(&gone, "").unwrap();
+        }
+        let start = std::time::Instant::now();
+        while start.elapsed() < std::time::Duration::from_secs(2) {
+            assert_eq!(seen(), before);
+            assert_eq!(fs::read(pinned.join("beta/data/small.bin")).unwrap(), noise(5_000, 201));
+            assert!(pinned.join("gamma/alias").is_symlink());
+            assert!(bound.0.join(".venv/bin/alpha").exists());
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        let again = fs::metadata(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&inside))).unwrap();
+        assert_eq!(again.ino(), fs::metadata(&pinned).unwrap().ino());
+        if file {
+            fs::remove_file(&gone).unwrap();
+        }
+        fs::rename(&away, &gone).unwrap();
     }
-    let again = fs::metadata(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&inside))).unwrap();
-    assert_eq!(again.ino(), fs::metadata(&pinned).unwrap().ino());
-    fs::remove_file(&envs).unwrap();
-    fs::rename(&away, &envs).unwrap();
     assert_eq!(seen(), before);
     fixture.publish("demo/new", vec![]);
     until("a new name is listed", || names("demo") == ["a", "b", "new"]);

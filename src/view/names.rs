@@ -109,6 +109,12 @@ fn later_than(before: Time) -> Time {
     time_now().max(next)
 }
 
+/// True when a directory of the store that had something is empty or not there. Nothing in it goes when an environment
+/// is removed, which is only written down: so the directory itself is away.
+fn is_away<T>(now: &[T], before: Option<&Vec<T>>) -> bool {
+    now.is_empty() && before.is_some_and(|before| !before.is_empty())
+}
+
 impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
     fn new() -> Self {
         Cells(Mutex::new(HashMap::new()))
@@ -274,11 +280,14 @@ impl Names {
     }
 
     fn workflows_asked(&self, age: Age, ask: bool) -> Result<Known<Vec<String>>> {
-        let read = |_: Option<&Vec<String>>| {
+        let read = |before: Option<&Vec<String>>| {
             Ok(Some(match &self.source {
                 Source::Draft(draft) => vec![draft.environment.workflow().to_string()],
                 Source::Store(store) => {
                     let mut names = store.workflows()?;
+                    if is_away(&names, before) {
+                        return Ok(None);
+                    }
                     names.retain(|name| self.has_listed_node(name, Age::Fresh, ask).unwrap_or(true));
                     names
                 }
@@ -294,11 +303,14 @@ impl Names {
     }
 
     fn nodes_asked(&self, workflow: &str, age: Age, ask: bool) -> Result<Known<Vec<String>>> {
-        let read = |_: Option<&Vec<String>>| {
+        let read = |before: Option<&Vec<String>>| {
             Ok(Some(match &self.source {
                 Source::Draft(draft) => vec![draft.environment.node().to_string()],
                 Source::Store(store) => {
                     let mut names = store.nodes(workflow)?;
+                    if is_away(&names, before) {
+                        return Ok(None);
+                    }
                     // Not asked on behalf of each node: only the listing is watched.
                     names.retain(|node| self.is_listed(workflow, node, Age::Fresh, false));
                     names
@@ -394,8 +406,7 @@ impl Names {
                 Source::Draft(draft) => vec![draft.number],
                 Source::Store(store) => store.version_numbers(name)?,
             };
-            // Versions do not all go at once, not even when the environment is removed: the directory is away.
-            let away = numbers.is_empty() && before.is_some_and(|before| !before.is_empty());
+            let away = is_away(&numbers, before);
             Ok(Some(numbers).filter(|_| !away))
         };
         let changed = || self.note(NameChange::Versions(name.clone()));
