@@ -12,13 +12,18 @@ use crate::store::Store;
 
 /// Where all of `store` is mounted: at `preferred`, or else anywhere.
 pub(super) fn mount_of(store: &Store, preferred: &Path) -> Result<Option<PathBuf>> {
-    let same =
-        |a: &Path, b: &Path| a == b || a.canonicalize().ok().zip(b.canonicalize().ok()).is_some_and(|(a, b)| a == b);
-    let whole = |m: &MountInfo| m.root == Path::new("/") && same(&m.store, store.root());
-    let mounts: Vec<MountInfo> = mount::mounts()?.into_iter().filter(whole).collect();
-    let found = mounts.iter().find(|m| same(&m.mount_point, preferred));
-    let found = found.or_else(|| mounts.iter().find(|m| m.mount_point.exists()));
-    Ok(found.map(|m| m.mount_point.clone()))
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let of_store = |mount: &MountInfo| real(&mount.store) == real(store.root());
+    if mount::find(preferred)?.is_some_and(|mount| of_store(&mount)) && !is_dead(preferred) {
+        return Ok(Some(preferred.to_path_buf()));
+    }
+    let mut others = mount::mounts()?.into_iter().filter(|mount| mount.root == Path::new("/") && of_store(mount));
+    Ok(others.find(|mount| mount.mount_point.exists()).map(|mount| mount.mount_point))
+}
+
+/// True when the process that served the mount at `dir` is gone.
+pub(super) fn is_dead(dir: &Path) -> bool {
+    std::fs::metadata(dir).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
 }
 
 /// Starts `envfabric mount DIR` in the background and waits until it answers. Returns the path of its log, or none when
@@ -33,6 +38,10 @@ pub(crate) fn start_daemon(context: &Context, dir: &Path, flags: &[String]) -> R
     let store = context.store()?;
     if mount_of(&store, dir)?.is_some_and(|at| at == dir) {
         return Ok(None);
+    }
+    if is_dead(dir) && mount::find(dir)?.is_some() {
+        context.out.say(format_args!("the process that served {} is gone; mounting anew", dir.display()));
+        mount::umount(dir, true)?;
     }
     mount::preflight(dir)?;
     let log_path = state.join("mount.log");

@@ -183,7 +183,7 @@ fn scratch(dir: &Path) -> Check {
 }
 
 fn mounted(at: &Path, store: Option<&Store>) -> Check {
-    if std::fs::metadata(at).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN)) {
+    if super::daemon::is_dead(at) {
         return Check::new(
             "mount",
             State::Bad,

@@ -7,6 +7,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::error::{IoContext, Kind, Result};
+use crate::mount;
 
 /// From now on SIGINT and SIGTERM run `clean_up` and end the process.
 ///
@@ -17,6 +18,7 @@ pub(super) fn exit_on_signal(clean_up: impl FnOnce() + Send + 'static) -> Result
     thread::spawn(move || {
         if signals.forever().next().is_some() {
             clean_up();
+            mount::end_trials();
             eprintln!("interrupted");
             process::exit(i32::from(Kind::Interrupted.exit_code()));
         }

@@ -38,6 +38,11 @@ pub fn preflight(dir: &Path) -> Result<PathBuf> {
     }
     let shown = dir.display();
     let here = table::absolute(dir)?;
+    // `pyvenv.cfg` names a directory below it on one line of UTF-8.
+    if here.to_str().is_none_or(|path| path.contains(['\n', '\r'])) {
+        return Err(Error::new(Kind::Invalid, format!("{:?} cannot be a mount point", here))
+            .hint("no Python could start there: name a directory without line breaks, in UTF-8"));
+    }
     if let Some(line) = table::on_top(&here)? {
         let stale = fs::metadata(&here).err().is_some_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
         if stale {

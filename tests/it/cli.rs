@@ -139,6 +139,13 @@ fn many_runs_at_once_with_nothing_mounted_share_one_mount() {
         assert_eq!(mounts.lines().filter(|l| l.contains(&at)).count(), 1);
         world.ok(["umount"]);
     }
+    // A mount whose process was killed is made anew.
+    world.ok(["mount"]);
+    let at = world.dir().join("envs");
+    let server = check(Command::new("pgrep").args(["-f", &format!("mount --notify {}$", at.display())]));
+    check(Command::new("kill").args(["-9", server.trim()]));
+    world.ok(["run", "demo/hello", "--", "python", "-c", "import six"]);
+    world.ok(["umount"]);
     // A mount of a part of the store, elsewhere, is no mount of it.
     let part = world.dir().join("part");
     std::fs::create_dir(&part).unwrap();
