@@ -162,7 +162,7 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
                         changed();
                     }
                     if outage.ends(cell.failing) {
-                        tracing::info!("the store answers again");
+                        tracing::warn!("the store answers again");
                     }
                     cell.failing = false;
                 }
