@@ -121,7 +121,14 @@ fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
         let notifier = session.notifier();
         let served = Arc::new(Served::default());
         let mounted = Mounted { at, session: served.clone(), refresher: refresher.clone() };
-        let run = move || served.finish(session.run().map_err(|error| error.to_string()));
+        let run = move || {
+            served.finish(match session.run() {
+                // A request (the release of the last file, say) was just being read when the unmounting ended the
+                // connection; otherwise it is ENODEV, which fuser takes for the end itself. (fs/fuse/dev.c)
+                Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => Ok(()),
+                ended => ended.map_err(|error| error.to_string()),
+            })
+        };
         std::thread::Builder::new().name("session".into()).spawn(run).at("serving", &dir)?;
         refresh::spawn(refresher, tree, notifier).at("serving", &dir)?;
         Ok(mounted)
