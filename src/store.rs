@@ -207,14 +207,17 @@ impl Store {
         &self.fabric
     }
 
-    /// Fails when the store is not there any more: then nothing that is missing was removed by anybody.
-    fn require_present(&self) -> Result<()> {
-        match fs::File::open(self.root.join("fabric.json")) {
-            Err(source) if source.kind() == std::io::ErrorKind::NotFound => {
-                Err(Error::new(Kind::Failed, format!("the store at {} is gone", self.root.display()))
-                    .hint("is its file system mounted?"))
-            }
-            _ => Ok(()),
+    /// Fails when the store is not there any more, or another was put in its place: then nothing that is missing was
+    /// removed by anybody.
+    pub fn require_present(&self) -> Result<()> {
+        let gone = |what: &str, hint: &str| {
+            Err(Error::new(Kind::Failed, format!("the store at {} {what}", self.root.display())).hint(hint))
+        };
+        match read_json::<Fabric>(&self.root.join("fabric.json")) {
+            Ok(fabric) if fabric.id == self.fabric.id => Ok(()),
+            Ok(_) => gone("was replaced by another store", "unmount and mount again to use the new one"),
+            Err(error) if error.is_not_found() => gone("is gone", "is its file system mounted?"),
+            Err(error) => Err(error),
         }
     }
 

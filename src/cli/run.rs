@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::Context;
 use super::daemon::{mount_of, start_daemon};
 use super::spec::{EnvSpec, spec};
+use crate::environment::Version;
 use crate::error::{Error, IoContext, Kind, Result};
 
 /// Run a command in an environment
@@ -101,6 +102,18 @@ fn inside(venv: &Path, mut command: Command) -> Result<Command> {
     Ok(command)
 }
 
+/// Fails when the mount shows another version of that number: the store was replaced under it.
+fn same_version(venv: &Path, version: &Version) -> Result<()> {
+    let path = venv.with_file_name("metadata.json");
+    let shown: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).at("reading", &path)?).unwrap_or_default();
+    if shown["nonce"] == version.nonce.as_str() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Failed, format!("{} is of another store than {}", venv.display(), version.environment))
+        .hint("the store was replaced under the mount: unmount it and mount again"))
+}
+
 /// The `.venv` of the version that is meant, by its pinned path, in a mount of this store.
 fn pinned_venv(context: &Context, environment: &EnvSpec) -> Result<PathBuf> {
     let store = context.store()?;
@@ -121,7 +134,7 @@ fn pinned_venv(context: &Context, environment: &EnvSpec) -> Result<PathBuf> {
     let start = Instant::now();
     loop {
         match std::fs::metadata(&dir) {
-            Ok(_) => return Ok(dir),
+            Ok(_) => return same_version(&dir, &version).map(|()| dir),
             Err(error) if error.kind() == ErrorKind::NotFound && start.elapsed() < Duration::from_secs(5) => {
                 std::thread::sleep(Duration::from_millis(50));
             }

@@ -217,6 +217,8 @@ pub(super) struct Names {
     used: Mutex<HashSet<EnvName>>,
     changes: Mutex<Vec<NameChange>>,
     outage: Outage,
+    /// When the store was last seen to be itself.
+    checked: Mutex<Option<Instant>>,
     /// Environments that could not be read when they were to be listed first, and that was told.
     unreadable: Mutex<HashSet<EnvName>>,
 }
@@ -242,6 +244,7 @@ impl Names {
             used: Mutex::default(),
             changes: Mutex::default(),
             outage: Outage::default(),
+            checked: Mutex::new(None),
             unreadable: Mutex::default(),
         }
     }
@@ -274,6 +277,16 @@ impl Names {
         !(workflows.is_empty() && nodes.is_empty() && pointers.is_empty() && versions.is_empty())
     }
 
+    /// `store`, where it is still the one that was mounted; asked once in a while.
+    fn present<'s>(&self, store: &'s Store) -> Result<&'s Store> {
+        let mut checked = lock(&self.checked);
+        if checked.is_none_or(|at| at.elapsed() >= FRESH) {
+            store.require_present()?;
+            *checked = Some(Instant::now());
+        }
+        Ok(store)
+    }
+
     /// The workflows to list.
     pub(super) fn workflows(&self, age: Age) -> Result<Known<Vec<String>>> {
         self.workflows_asked(age, true)
@@ -284,7 +297,7 @@ impl Names {
             Ok(Some(match &self.source {
                 Source::Draft(draft) => vec![draft.environment.workflow().to_string()],
                 Source::Store(store) => {
-                    let mut names = store.workflows()?;
+                    let mut names = self.present(store)?.workflows()?;
                     if is_away(&names, before) {
                         return Ok(None);
                     }
@@ -307,7 +320,7 @@ impl Names {
             Ok(Some(match &self.source {
                 Source::Draft(draft) => vec![draft.environment.node().to_string()],
                 Source::Store(store) => {
-                    let mut names = store.nodes(workflow)?;
+                    let mut names = self.present(store)?.nodes(workflow)?;
                     if is_away(&names, before) {
                         return Ok(None);
                     }
@@ -348,7 +361,7 @@ impl Names {
         if witness.is_some_and(|name| self.is_listed(workflow, name.node(), age, ask)) {
             return Ok(true);
         }
-        for node in store.nodes(workflow)? {
+        for node in self.present(store)?.nodes(workflow)? {
             if self.is_listed(workflow, &node, age, ask) {
                 let name = EnvName::new(workflow, &node)?;
                 lock(&self.witness).insert(workflow.into(), name);
@@ -384,7 +397,7 @@ impl Names {
             }
             Source::Store(store) => {
                 let last = before.and_then(|b| b.last);
-                let now = store.pointer(name)?.map(|pointer| pointer.version);
+                let now = self.present(store)?.pointer(name)?.map(|pointer| pointer.version);
                 Ok(now.map(|now| Pointed { now, last: now.or(last) }))
             }
         };
@@ -404,7 +417,7 @@ impl Names {
         let read = |before: Option<&Vec<u64>>| {
             let numbers = match &self.source {
                 Source::Draft(draft) => vec![draft.number],
-                Source::Store(store) => store.version_numbers(name)?,
+                Source::Store(store) => self.present(store)?.version_numbers(name)?,
             };
             let away = is_away(&numbers, before);
             Ok(Some(numbers).filter(|_| !away))

@@ -388,6 +388,27 @@ fn hostile_wheels_are_refused_with_the_reason() {
 }
 
 #[test]
+fn a_store_that_is_replaced_under_a_mount_is_never_taken_for_the_old_one() {
+    let world = World::new();
+    let python = python311();
+    world.ok(["create", "swap/a", "six==1.15.0", "--python", &python]);
+    world.ok(["mount"]);
+    let mounted = world.dir().join("envs");
+    assert!(mounted.join("swap/a/.venv/bin/python").exists());
+    fs::rename(world.store(), world.dir().join("aside")).unwrap();
+    world.ok(["init"]);
+    world.ok(["create", "swap/a", "six==1.16.0", "--python", &python]);
+    world.ok(["create", "swap/b", "six==1.16.0", "--python", &python]);
+    // The mount goes on with what it knows, and shows nothing of the new store under old names.
+    assert!(mounted.join("swap/a/.versions/1").exists() && !mounted.join("swap/b").exists());
+    let stderr = world.fails(1, ["run", "swap/a", "--", "python", "-c", "import six; print(six.__version__)"]);
+    assert!(stderr.contains("mount again"), "{stderr}");
+    world.ok(["umount"]);
+    let said = world.ok(["run", "swap/a", "--", "python", "-c", "import six; print(six.__version__)"]);
+    assert_eq!(said.trim(), "1.16.0");
+}
+
+#[test]
 fn what_was_lost_of_a_layer_comes_back_when_it_is_built_again() {
     let world = World::new();
     let python = python311();
