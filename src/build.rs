@@ -47,7 +47,7 @@ use std::sync::Arc;
 use crate::environment::lock::{Package, Target};
 use crate::environment::{Builder, Conflict, Digest, Document, EnvName, InterpreterRef, VERSION_FORMAT, Version};
 use crate::error::{Error, Kind, Result};
-use crate::store::{Claimed, Index, LayerDoc, Store, StoredInterpreter, now};
+use crate::store::{Claimed, Index, LayerDoc, Store, StoredInterpreter, host, now};
 
 pub use progress::{Event, PackageState, Progress, Silent, Step};
 pub use uv::Uv;
@@ -345,10 +345,6 @@ fn validate(
         _ => error,
     })?;
     context.index.set_note(&note, &now().to_string())
-}
-
-fn host() -> String {
-    nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_else(|| "unknown".into())
 }
 
 /// One build, once its lock is known.

@@ -11,7 +11,6 @@
 
 mod adapter;
 mod attach;
-mod fd;
 mod passthrough;
 mod refresh;
 mod table;

@@ -1,5 +1,5 @@
-//! What must be done between `fork` and `exec` of a child, and what only the C library can tell: the only `unsafe` of
-//! the build side.
+//! The only `unsafe` of the program: what must be done between `fork` and `exec` of a child, and taking ownership of a
+//! descriptor.
 //!
 //! The closure given to `pre_exec` runs in a copy of a process that may have had many threads, so it may only make
 //! system calls: everything it needs (C strings, texts) is prepared before.
@@ -8,6 +8,7 @@
 
 use std::ffi::CString;
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,15 @@ pub fn glibc_version() -> Option<&'static str> {
     }
     #[cfg(not(target_env = "gnu"))]
     None
+}
+
+/// Takes ownership of a descriptor that was just received through a socket and is known to nobody else.
+pub(crate) fn own(descriptor: RawFd) -> io::Result<OwnedFd> {
+    if descriptor < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: SCM_RIGHTS made the descriptor for this process; the only caller passes it on at once and once.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 /// How a child differs from its parent.

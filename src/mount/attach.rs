@@ -148,7 +148,7 @@ fn receive_descriptor(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
         if let ControlMessageOwned::ScmRights(descriptors) = part
             && let Some(descriptor) = descriptors.first()
         {
-            return super::fd::own(*descriptor).map(Some);
+            return crate::sys::own(*descriptor).map(Some);
         }
     }
     Ok(None)

@@ -1,5 +1,6 @@
 //! Ingests staged files as a layer: blobs, pack, catalog, document, in that order.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -64,9 +65,30 @@ pub struct LayerWriter<'a> {
 
 /// A file with its digest, before it has a place.
 enum Content {
-    Small(Vec<u8>),
-    Large(PathBuf),
-    LargeBytes(Vec<u8>),
+    Bytes(Vec<u8>),
+    File(PathBuf),
+}
+
+impl Content {
+    /// The bytes of a small file, which must be those of `digest` still.
+    fn read(&self, digest: &Digest) -> Result<Cow<'_, [u8]>> {
+        match self {
+            Content::Bytes(bytes) => Ok(Cow::Borrowed(bytes)),
+            Content::File(source) => {
+                let bytes = fs::read(source).at("reading", source)?;
+                if Digest::of(&bytes) != *digest {
+                    return Err(Error::new(Kind::Failed, format!("{} changed while it was read", source.display()))
+                        .hint("run the command again"));
+                }
+                Ok(Cow::Owned(bytes))
+            }
+        }
+    }
+}
+
+/// True for a file that goes into the pack.
+fn is_small(node: &Node) -> bool {
+    matches!(node, Node::File { size, .. } if *size <= SMALL_FILE_MAX)
 }
 
 struct Prepared {
@@ -143,18 +165,15 @@ impl<'a> LayerWriter<'a> {
     fn write_blobs(&self, rows: &[(Vec<u8>, Prepared)]) -> Result<Vec<Digest>> {
         let blobs = rows
             .par_iter()
-            .filter_map(|(_, row)| match (&row.node, &row.content) {
-                (Node::File { digest, .. }, Some(Content::Large(source))) => {
-                    let target = self.store.blob_path(digest);
-                    let done = publish::ensure_file(self.store.root(), &target, source, digest, self.trust);
-                    Some(done.map(|()| *digest))
-                }
-                (Node::File { digest, .. }, Some(Content::LargeBytes(bytes))) => {
-                    let target = self.store.blob_path(digest);
-                    let done = publish::ensure_bytes(self.store.root(), &target, bytes, digest, self.trust);
-                    Some(done.map(|()| *digest))
-                }
-                _ => None,
+            .filter(|(_, row)| !is_small(&row.node))
+            .filter_map(|(_, row)| {
+                let (Node::File { digest, .. }, Some(content)) = (&row.node, &row.content) else { return None };
+                let (root, target) = (self.store.root(), self.store.blob_path(digest));
+                let done = match content {
+                    Content::File(source) => publish::ensure_file(root, &target, source, digest, self.trust),
+                    Content::Bytes(bytes) => publish::ensure_bytes(root, &target, bytes, digest, self.trust),
+                };
+                Some(done.map(|()| *digest))
             })
             .collect::<Result<BTreeSet<Digest>>>()?;
         Ok(blobs.into_iter().collect())
@@ -162,7 +181,7 @@ impl<'a> LayerWriter<'a> {
 
     /// Writes the small files one after the other, in order of path, equal ones once; gives each its offset.
     fn write_pack(&self, rows: &mut [(Vec<u8>, Prepared)]) -> Result<Option<Digest>> {
-        if !rows.iter().any(|(_, r)| matches!(r.content, Some(Content::Small(_)))) {
+        if !rows.iter().any(|(_, row)| is_small(&row.node)) {
             return Ok(None);
         }
         let mut temporary = publish::Temporary::create(self.store.root())?;
@@ -180,14 +199,14 @@ impl<'a> LayerWriter<'a> {
             };
             put(PACK_MAGIC)?;
             for (_, row) in rows.iter_mut() {
-                let (Node::File { digest, place, .. }, Some(Content::Small(bytes))) = (&mut row.node, &row.content)
-                else {
+                if !is_small(&row.node) {
                     continue;
-                };
+                }
+                let (Node::File { digest, place, .. }, Some(content)) = (&mut row.node, &row.content) else { continue };
                 let offset = match seen.get(digest) {
                     Some(offset) => *offset,
                     None => {
-                        let offset = put(bytes)?;
+                        let offset = put(&content.read(digest)?)?;
                         seen.insert(*digest, offset);
                         offset
                     }
@@ -261,22 +280,18 @@ fn prepare(path: &[u8], kind: StagedKind) -> Result<Prepared> {
             Prepared { node: Node::Symlink { target }, content: None }
         }
         StagedKind::Bytes { content, executable } => {
-            let (size, digest) = (content.len() as u64, Digest::of(&content));
-            let content = if size <= SMALL_FILE_MAX { Content::Small(content) } else { Content::LargeBytes(content) };
-            file(size, executable, digest, content)
+            file(content.len() as u64, executable, Digest::of(&content), Content::Bytes(content))
         }
         StagedKind::File { source, executable } => {
             let size = fs::symlink_metadata(&source).at("reading", &source)?.len();
-            if size <= SMALL_FILE_MAX {
+            // Small files are read again for the pack: a layer may have many times more of them than there is memory.
+            let (size, digest) = if size <= SMALL_FILE_MAX {
                 let bytes = fs::read(&source).at("reading", &source)?;
-                if bytes.len() as u64 > SMALL_FILE_MAX {
-                    return Err(Error::new(Kind::Failed, format!("{} grew while it was read", source.display())));
-                }
-                file(bytes.len() as u64, executable, Digest::of(&bytes), Content::Small(bytes))
+                (bytes.len() as u64, Digest::of(&bytes))
             } else {
-                let (size, digest) = hash_file(&source)?;
-                file(size, executable, digest, Content::Large(source))
-            }
+                hash_file(&source)?
+            };
+            file(size, executable, digest, Content::File(source))
         }
     })
 }
