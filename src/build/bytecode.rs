@@ -28,7 +28,9 @@ pub(super) struct Job {
     pub(super) stem: String,
     /// The path that tracebacks would show if CPython did not correct it at import; the same for everybody.
     pub(super) name: String,
-    mtime: i64,
+    pub(super) mtime: i64,
+    /// Files of one wheel have one number: what is compiled together must be the same whatever else is installed.
+    pub(super) group: usize,
 }
 
 impl Job {
@@ -36,7 +38,7 @@ impl Job {
     pub(super) fn new(src: PathBuf, out: PathBuf, name: String) -> Option<Job> {
         let stem = src.file_name()?.to_str()?.strip_suffix(".py")?.to_string();
         let utf8 = src.to_str().is_some() && out.to_str().is_some() && !stem.is_empty();
-        utf8.then_some(Job { src, out, stem, name, mtime: FILE_MTIME })
+        utf8.then_some(Job { src, out, stem, name, mtime: FILE_MTIME, group: 0 })
     }
 }
 
@@ -55,10 +57,13 @@ pub(super) fn compile(
     fs::write(&driver, DRIVER).at("writing", &driver)?;
     let parallel = std::thread::available_parallelism().map_or(1, |n| n.get());
     let mut command = Command::new(executable);
-    command.args(["-I", "-S", "-B"]).arg(&driver).arg(parallel.to_string());
+    let old = matches!(python.minor(), "3.9" | "3.10");
+    // A child for every file takes four times as long as one for sixteen, and only old Pythons need it: from 3.11 on the
+    // neighbours of a file did not change its bytecode in any of 1,600 files.
+    let together = if old { 1 } else { 16 };
+    command.args(["-I", "-S", "-B"]).arg(&driver).args([parallel, together].map(|n| n.to_string()));
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     clean_environment(&mut command);
-    let old = matches!(python.minor(), "3.9" | "3.10");
     Child { fixed_addresses: old, ..Child::default() }.prepare(&mut command).at("preparing", executable)?;
     let mut child = command.spawn().at("starting", executable)?;
     let mut input = String::new();

@@ -1,13 +1,14 @@
 """Compiles Python files to bytecode that is the same on every machine.
 
-stdin:  JSON lines {"src": path, "out": directory, "stem": base name, "name": co_filename, "mtime": int}
+stdin:  JSON lines {"src": path, "out": directory, "stem": base name, "name": co_filename, "mtime": int, "group": int}
 stdout: JSON lines {"ok": n, "failed": [[name, error], ...]} per chunk, then {"done": true}
-usage:  python -I -S -B compile_driver.py JOBS
+usage:  python -I -S -B compile_driver.py JOBS TOGETHER
 
 What makes bytecode differ, and what is done against it (each seen by experiment):
 - hash order of frozenset constants: PYTHONHASHSEED=0, which -I ignores, hence the second exec below
 - which one-character strings are interned (marshal tells): all are interned before the first fork
-- what was compiled before in the same process: every file is compiled in a child of its own
+- what was compiled before in the same process: a fresh child compiles TOGETHER files of one group (a wheel), in order of
+  name, so that these are always the same ones; with 1, every file has a child of its own
 - address-based hashes (Python <= 3.10): the caller turns address randomisation off
 """
 
@@ -25,7 +26,7 @@ here = os.path.dirname(os.path.abspath(sys.argv[0]))
 sys.path[:] = [p for p in sys.path if p and os.path.abspath(p) != here]
 
 import encodings.ascii, encodings.latin_1, encodings.utf_8
-import gc, io, json, linecache, select, tokenize, traceback, warnings
+import gc, io, itertools, json, linecache, select, tokenize, traceback, warnings
 from importlib._bootstrap_external import _code_to_timestamp_pyc
 
 CHUNK = 64
@@ -34,56 +35,77 @@ KEEP = [sys.intern(chr(i)) for i in range(256)] + [sys.intern("")]
 warnings.simplefilter("ignore")
 
 
+def pyc_path(job):
+    return "%s/%s.%s.pyc" % (job["out"], job["stem"], TAG)
+
+
 def compile_one(job):
     with open(job["src"], "rb") as source:
         data = source.read()
     code = compile(data, str(job["name"]), "exec", dont_inherit=True, optimize=0)
     pyc = bytes(_code_to_timestamp_pyc(code, job["mtime"] & 0xFFFFFFFF, len(data) & 0xFFFFFFFF))
     os.makedirs(job["out"], exist_ok=True)
-    with open("%s/%s.%s.pyc" % (job["out"], job["stem"], TAG), "xb") as out:
+    with open(pyc_path(job), "xb") as out:
         out.write(pyc)
 
 
-def compile_in_child(job):
-    """Returns None, or what went wrong."""
+def compile_in_child(jobs):
+    """Returns [[name, error], ...] of those that did not compile, or None when the child died."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            try:
-                compile_one(job)
-                code = 0
-            except BaseException as error:
-                text = "%s: %s" % (type(error).__name__, error)
-                os.write(write, text.encode("utf-8", "replace")[:4000])
+            failed = []
+            for job in jobs:
+                try:
+                    compile_one(job)
+                except BaseException as error:
+                    failed.append([job["name"], ("%s: %s" % (type(error).__name__, error))[:2000]])
+            with open(write, "wb") as pipe:
+                pipe.write(json.dumps(failed).encode())
+            code = 0
         finally:
             os._exit(code)
     os.close(write)
     with open(read, "rb") as pipe:
-        text = pipe.read()
+        answer = pipe.read()
     status = os.waitpid(pid, 0)[1]
     if status == 0:
-        return None
-    return text.decode("utf-8", "replace") or "the compiler died with wait status %d" % status
+        return json.loads(answer.decode())
+    return None
 
 
 def run_chunk(chunk, write):
     failed = []
-    for job in chunk:
-        error = compile_in_child(job)
-        if error is not None:
-            failed.append([job["name"], error])
-    out = json.dumps({"ok": len(chunk) - len(failed), "failed": failed}).encode() + b"\n"
+    for jobs in chunk:
+        errors = compile_in_child(jobs)
+        if errors is None:
+            # One of them kills the compiler: each alone then, as always when these come together.
+            errors = []
+            for job in jobs:
+                if os.path.exists(pyc_path(job)):
+                    os.unlink(pyc_path(job))
+                alone = compile_in_child([job])
+                errors.extend([[job["name"], "the compiler died"]] if alone is None else alone)
+        failed.extend(errors)
+    total = sum(map(len, chunk))
+    out = json.dumps({"ok": total - len(failed), "failed": failed}).encode() + b"\n"
     while out:
         out = out[os.write(write, out):]
 
 
 def main():
     jobs = [json.loads(line) for line in sys.stdin.buffer if line.strip()]
-    jobs.sort(key=lambda job: job["name"])
-    chunks = [jobs[i:i + CHUNK] for i in range(0, len(jobs), CHUNK)]
-    parallel = int(sys.argv[1])
+    parallel, together = int(sys.argv[1]), int(sys.argv[2])
+    jobs.sort(key=lambda job: (job["group"], job["name"]))
+    runs = []
+    for _, group in itertools.groupby(jobs, key=lambda job: job["group"]):
+        group = list(group)
+        runs.extend(group[i:i + together] for i in range(0, len(group), together))
+    # A chunk is what is told of at once.
+    size = max(1, CHUNK // together)
+    chunks = [runs[i:i + size] for i in range(0, len(runs), size)]
     # Whatever is imported on first use must be there before the first fork.
     compile("# -*- coding: latin-1 -*-\nx = 1\n".encode(), "<warm>", "exec", dont_inherit=True)
     try:
@@ -120,7 +142,7 @@ def main():
                 json.loads(answer.decode())
             except ValueError:
                 error = "the compiler died with wait status %d" % status
-                answer = json.dumps({"ok": 0, "failed": [[job["name"], error] for job in chunk]}).encode() + b"\n"
+                answer = json.dumps({"ok": 0, "failed": [[job["name"], error] for jobs in chunk for job in jobs]}).encode() + b"\n"
             sys.stdout.write(answer.decode())
             sys.stdout.flush()
     sys.stdout.write(json.dumps({"done": True}) + "\n")

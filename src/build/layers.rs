@@ -32,7 +32,8 @@ pub(super) fn write(
     if with_bytecode {
         stage.progress.event(&Event::Step(Step::Compiling));
         for (number, distribution) in distributions.iter().enumerate() {
-            jobs.extend(plan(stage, number, distribution, &out_root).into_iter().map(|job| (number, job)));
+            let planned = plan(stage, number, distribution, &out_root);
+            jobs.extend(planned.into_iter().map(|job| (number, Job { group: number, ..job })));
         }
         let plain: Vec<Job> = jobs.iter().map(|(_, job)| job.clone()).collect();
         compiled = bytecode::compile(stage.executable, stage.python, &plain, stage.scratch, stage.progress)?;
