@@ -1,6 +1,6 @@
 //! The command line: one file a verb, each a thin shell over the library.
 //!
-//! Every verb gets the [`Context`] (settings and output) and its own arguments, and prints through [`Output`], which
+//! Every verb gets the `Context` (settings and output) and its own arguments, and prints through `Output`, which
 //! knows about `--json` and closed pipes. Exit codes come from [`crate::error::Kind::exit_code`] alone.
 
 mod completions;

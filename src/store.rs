@@ -15,7 +15,7 @@
 //! ```
 //!
 //! **Concurrency.** There are no locks and no file is ever changed. Every file is written whole under `tmp/`, fsynced,
-//! and `link()`ed to its name ([`publish`]): the first to link wins, and whoever finds the name taken either finds its
+//! and `link()`ed to its name (`publish`): the first to link wins, and whoever finds the name taken either finds its
 //! own bytes there (content addressing) or takes the next number. Objects are published before the documents that name
 //! them, documents before pointers, so a reader that follows pointers never meets half of anything. Readers open and
 //! read; they never trust directory times or a `stat` (NFS caches both).

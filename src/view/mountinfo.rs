@@ -2,7 +2,7 @@
 //!
 //! Pure functions of the text; see proc_pid_mountinfo(5). The text is another's to make: whoever may mount in a user
 //! namespace writes as many lines as `/proc/sys/fs/mount-max` allows, and a session thread reads them. So the work is
-//! bounded ([`TEXT_MAX`], [`CANDIDATES_MAX`], [`DEPTH_MAX`]), and beyond that nothing is reached.
+//! bounded ([`TEXT_MAX`], `CANDIDATES_MAX`, `DEPTH_MAX`), and beyond that nothing is reached.
 
 use std::collections::HashMap;
 use std::io::Read;
