@@ -309,9 +309,14 @@ pub fn add_interpreter(context: &Context<'_>, request: &str) -> Result<StoredInt
 
 /// Sentences about `conflicts` for people, the first few.
 pub fn describe_conflicts(conflicts: &[Conflict]) -> Vec<String> {
+    const TOLD: usize = 5;
     let sentence =
         |c: &Conflict| format!("{} and {} both have {}; that of {} is shown", c.hidden, c.shown, c.path, c.shown);
-    conflicts.iter().take(5).map(sentence).collect()
+    let mut told: Vec<String> = conflicts.iter().take(TOLD).map(sentence).collect();
+    if conflicts.len() > TOLD {
+        told.push(format!("{} more paths are there twice: `envfabric show` lists them", conflicts.len() - TOLD));
+    }
+    told
 }
 
 fn validate(

@@ -91,6 +91,11 @@ pub fn mount(store: Store, index: Arc<Index>, options: &Options) -> Result<Mount
 
 fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
     let dir = attach::preflight(&options.mount_point)?;
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    if real(&dir).starts_with(real(tree.store().root())) {
+        return Err(Error::new(Kind::Invalid, format!("{} is inside the store that it would show", dir.display()))
+            .hint("name a directory outside of the store"));
+    }
     attach::raise_open_files();
     let tree = Arc::new(tree);
     let refresher = Arc::new(Refresher::default());

@@ -69,14 +69,14 @@ fn two_stores_and_staging_places_give_the_same_layers() {
         ("3.11", vec!["numpy==1.26.4", "requests==2.31.0", "docopt==0.6.2"]),
         ("3.13", vec!["requests==2.31.0", "docopt==0.6.2"]),
     ] {
-        let (mut a, mut b) = (Room::empty(), Room::empty());
+        let longer = tempfile::Builder::new().prefix("a-much-longer-name").tempdir().unwrap();
+        let (mut a, mut b) = (Room::empty(), Room::in_dir(longer));
         let python = python(minor);
         if minor != "3.11" && !python.contains('/') {
             println!("no Python {minor} here");
             continue;
         }
         (a.python, b.python) = (Some(python.clone()), Some(python));
-        b.dir = tempfile::Builder::new().prefix("a-much-longer-name").tempdir().unwrap();
         let (one, two) = (a.create(&wanted).unwrap(), b.create(&wanted).unwrap());
         assert_eq!(one.version.layers, two.version.layers, "{minor}");
         assert_eq!(one.version.interpreter, two.version.interpreter);

@@ -48,7 +48,8 @@ pub(super) fn find(context: &Context<'_>, layers: &[Arc<LayerDoc>]) -> Result<Ve
     Ok(conflicts)
 }
 
-/// Paths that both have and that differ, at most [`KEPT`]; directories that both have do not differ.
+/// Paths that both have and that differ, at most [`KEPT`]; directories that both have do not differ, and bytecode does
+/// where its source does.
 fn differing(a: &BTreeMap<Vec<u8>, Node>, b: &BTreeMap<Vec<u8>, Node>) -> Vec<String> {
     let same = |x: &Node, y: &Node| match (x, y) {
         (Node::Dir { .. }, Node::Dir { .. }) => true,
@@ -59,8 +60,13 @@ fn differing(a: &BTreeMap<Vec<u8>, Node>, b: &BTreeMap<Vec<u8>, Node>) -> Vec<St
         _ => false,
     };
     let (small, large) = if a.len() <= b.len() { (a, b) } else { (b, a) };
+    let is_bytecode = |path: &[u8]| path.split(|b| *b == b'/').any(|part| part == b"__pycache__");
     let paths = small.iter().filter(|(path, node)| large.get(*path).is_some_and(|other| !same(node, other)));
-    paths.take(KEPT).map(|(path, _)| String::from_utf8_lossy(path).into_owned()).collect()
+    paths
+        .filter(|(path, _)| !is_bytecode(path))
+        .take(KEPT)
+        .map(|(path, _)| String::from_utf8_lossy(path).into_owned())
+        .collect()
 }
 
 /// Pairs of layers, lower first, of which one claims a path that the other claims too or something below it.

@@ -194,6 +194,9 @@ fn busy(state: &mut State, all: &MultiProgress, name: &str, text: String) {
 }
 
 fn count(bar: &ProgressBar, done: usize, total: usize) {
+    if total == 0 {
+        return;
+    }
     if bar.length() != Some(total as u64) {
         bar.set_length(total as u64);
         style(bar, "{spinner:.green} [{bar:24.green}] {pos}/{len} {wide_msg}");

@@ -7,6 +7,7 @@
 
 mod cli;
 mod copies;
+mod documents;
 mod faults;
 mod side_by_side;
 mod sources;
