@@ -398,34 +398,3 @@ fn files_that_do_not_compile_are_told_and_shown_without_bytecode() {
     assert!(!room.paths(&plain.version.layers[0]).iter().any(|p| p.ends_with(".pyc")));
     assert_ne!(plain.version.layers, created.version.layers);
 }
-
-/// `cargo test --release --test build timings -- --ignored --nocapture` prints what a larger environment costs.
-#[test]
-#[ignore = "prints figures; takes minutes on a cold cache"]
-fn timings() {
-    let mut room = Room::new();
-    let wanted = ["pandas==2.2.2", "scikit-learn==1.5.0", "jupyterlab==4.2.1", "pyarrow==16.1.0", "matplotlib==3.9.0"];
-    let start = Instant::now();
-    let created = room.create(&wanted).unwrap();
-    let files: u32 = created.layers.iter().map(|l| l.files).sum();
-    println!("{} packages, {files} files, all new: {:?}", created.layers.len(), start.elapsed());
-    println!("conflicts: {:?}", created.version.conflicts);
-    let start = Instant::now();
-    let mut request = room.request(lock_of(&room, &created));
-    request.name = "demo/again".parse().unwrap();
-    room.uv = Uv::new(Some("/nonexistent/uv".into()));
-    build::create(&room.context(), &request).unwrap();
-    println!("known lock, first time in this process: {:?}", start.elapsed());
-    for number in 0..3 {
-        request.name = format!("demo/again{number}").parse().unwrap();
-        let start = Instant::now();
-        build::create(&room.context(), &request).unwrap();
-        println!("known lock: {:?}", start.elapsed());
-    }
-}
-
-fn lock_of(room: &Room, created: &Created) -> Input {
-    let lock = room.path("pylock.toml");
-    fs::write(&lock, room.lock_text(&created.version)).unwrap();
-    Input::Lock(lock)
-}

@@ -10,12 +10,13 @@ use signal_hook::iterator::Signals;
 
 use super::Context;
 use super::daemon::start_daemon;
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::error::{IoContext, Kind, Result};
 use crate::mount::{self, Ended, Options};
 
 /// Show the store's environments as directories
 ///
-/// Goes to the background once the mount answers; its log is in $XDG_STATE_HOME/envfabric.
+/// Goes to the background once the mount answers; its log is in $XDG_STATE_HOME/envfabric. Where the store is mounted
+/// already, that stays as it is.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Mount {
     /// Mount point, made if missing [default: $XDG_DATA_HOME/envfabric/envs] [env: ENVFABRIC_MOUNT]
@@ -61,11 +62,16 @@ impl Mount {
             }
         }
         flags.extend(self.threads.map(|n| format!("--threads={n}")));
-        let Some(log) = start_daemon(context, &dir, &flags)? else {
-            return Err(Error::new(Kind::Busy, format!("{} is mounted already, with this store", dir.display())));
-        };
-        let value = serde_json::json!({ "mount": dir.to_string_lossy(), "store": context.settings.store.to_string_lossy(), "log": log.to_string_lossy() });
-        context.out.result(&value, |w| writeln!(w, "mounted at {}", dir.display()))?;
+        let log = start_daemon(context, &dir, &flags)?;
+        let store = &context.settings.store;
+        let value = serde_json::json!({
+            "mount": dir.to_string_lossy(),
+            "store": store.to_string_lossy(),
+            "existed": log.is_none(),
+            "log": log.as_ref().map(|log| log.to_string_lossy()),
+        });
+        let already = if log.is_none() { "already " } else { "" };
+        context.out.result(&value, |w| writeln!(w, "{already}mounted at {}", dir.display()))?;
         Ok(ExitCode::SUCCESS)
     }
 

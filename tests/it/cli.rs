@@ -139,8 +139,9 @@ fn many_runs_at_once_with_nothing_mounted_share_one_mount() {
         assert_eq!(mounts.lines().filter(|l| l.contains(&at)).count(), 1);
         world.ok(["umount"]);
     }
-    // A mount whose process was killed is made anew.
-    world.ok(["mount"]);
+    // Mounting what is mounted changes nothing. A mount whose process was killed is made anew.
+    assert_eq!(world.json(["mount"])["existed"], false);
+    assert_eq!(world.json(["mount"])["existed"], true);
     let at = world.dir().join("envs");
     let server = check(Command::new("pgrep").args(["-f", &format!("mount --notify {}$", at.display())]));
     check(Command::new("kill").args(["-9", server.trim()]));

@@ -195,7 +195,11 @@ pub fn uv() -> PathBuf {
         let path = std::env::var_os("PATH")?;
         std::env::split_paths(&path).map(|dir| dir.join("uv")).find(|p| p.is_file())
     };
-    set.or_else(on_path).expect("uv is missing: run scripts/test, or set ENVFABRIC_UV")
+    let installed = || {
+        let home = PathBuf::from(std::env::var_os("HOME")?);
+        Some(home.join(".local/share/envfabric/tools/bin/uv")).filter(|uv| uv.is_file())
+    };
+    set.or_else(on_path).or_else(installed).expect("uv is missing: run scripts/test, or set ENVFABRIC_UV")
 }
 
 /// A CPython of this minor version to build on: pyenv's (with a shared libpython), else what is on PATH.
