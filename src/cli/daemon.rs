@@ -23,7 +23,13 @@ pub(super) fn mount_of(store: &Store, preferred: &Path) -> Result<Option<PathBuf
 
 /// True when the process that served the mount at `dir` is gone.
 pub(super) fn is_dead(dir: &Path) -> bool {
-    std::fs::metadata(dir).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
+    // `statfs` is always asked of the server; attributes may be answered from the kernel's memory for a while.
+    nix::sys::statvfs::statvfs(dir).is_err_and(|errno| is_disconnected(&errno.into()))
+}
+
+/// True for what calls into a mount say whose server is gone.
+pub(super) fn is_disconnected(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
 }
 
 /// Starts `envfabric mount DIR` in the background and waits until it answers. Returns the path of its log, or none when

@@ -8,10 +8,11 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use super::Context;
-use super::daemon::{mount_of, start_daemon};
+use super::daemon::{is_disconnected, mount_of, start_daemon};
 use super::spec::{EnvSpec, spec};
 use crate::environment::Version;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::store::Store;
 
 /// Run a command in an environment
 ///
@@ -118,30 +119,35 @@ fn same_version(venv: &Path, version: &Version) -> Result<()> {
 fn pinned_venv(context: &Context, environment: &EnvSpec) -> Result<PathBuf> {
     let store = context.store()?;
     let version = environment.resolve(&store)?;
-    let at = match mount_of(&store, &context.settings.mount)? {
-        Some(at) => at,
-        None => {
-            let mount = &context.settings.mount;
-            if start_daemon(context, mount, &[])?.is_some() {
-                context.out.say(format_args!("mounted at {}", mount.display()));
-            }
-            mount.clone()
-        }
-    };
     let name = &version.environment;
-    let dir = at.join(name.workflow()).join(name.node()).join(format!(".versions/{}/.venv", version.number));
-    // A name that has just been published is seen within a second.
+    let below = Path::new(name.workflow()).join(name.node()).join(format!(".versions/{}/.venv", version.number));
     let start = Instant::now();
     loop {
-        match std::fs::metadata(&dir) {
+        let at = mounted(context, &store)?;
+        let dir = at.join(&below);
+        let error = match std::fs::metadata(&dir) {
             Ok(_) => return same_version(&dir, &version).map(|()| dir),
-            Err(error) if error.kind() == ErrorKind::NotFound && start.elapsed() < Duration::from_secs(5) => {
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            Err(error) => {
-                return Err(Error::io("looking at", &dir, error)
-                    .hint(format!("is the mount well? `envfabric umount {0}; envfabric mount {0}`", at.display())));
-            }
+            Err(error) => error,
+        };
+        // A name that has just been published is seen within a second; a mount whose server is being killed is seen
+        // to be dead in the next round.
+        let passes = error.kind() == ErrorKind::NotFound || is_disconnected(&error);
+        if !passes || start.elapsed() > Duration::from_secs(5) {
+            return Err(Error::io("looking at", &dir, error)
+                .hint(format!("is the mount well? `envfabric umount {0}; envfabric mount {0}`", at.display())));
         }
+        std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Where the store is mounted; mounts it where it is not.
+fn mounted(context: &Context, store: &Store) -> Result<PathBuf> {
+    let mount = &context.settings.mount;
+    if let Some(at) = mount_of(store, mount)? {
+        return Ok(at);
+    }
+    if start_daemon(context, mount, &[])?.is_some() {
+        context.out.say(format_args!("mounted at {}", mount.display()));
+    }
+    Ok(mount.clone())
 }
