@@ -236,7 +236,7 @@ fn at_path(context: &Context<'_>, path: &Path) -> Result<StoredInterpreter> {
         Some(stored) => stored,
         None => {
             let scratch = Scratch::new(&context.scratch)?;
-            let python = placeholder(&brief);
+            let python = provisional(&brief);
             let stage = Stage {
                 uv: context.uv,
                 executable: &executable,
@@ -331,7 +331,7 @@ fn safe_name(stored: &StoredInterpreter) -> Result<&str> {
 }
 
 /// Enough of an interpreter to begin an ingest with.
-fn placeholder(brief: &Brief) -> Interpreter {
+fn provisional(brief: &Brief) -> Interpreter {
     let none = String::new;
     Interpreter {
         implementation: brief.implementation.clone(),

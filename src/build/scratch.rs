@@ -128,7 +128,9 @@ fn try_own(path: &Path) -> Result<Option<File>> {
 
 /// Locks held until dropped.
 #[derive(Debug, Default)]
-pub(super) struct Locks(#[allow(dead_code)] Vec<File>); // held for their drop
+pub(super) struct Locks {
+    _held: Vec<File>,
+}
 
 /// Takes the locks `names` of directory `state`, in sorted order, so that two that want the same never wait for each
 /// other. `waiting` is called once if one of them is held by another process.
@@ -149,7 +151,7 @@ pub(super) fn lock(state: &Path, names: impl IntoIterator<Item = String>, waitin
         }
         locks.push(file);
     }
-    Ok(Locks(locks))
+    Ok(Locks { _held: locks })
 }
 
 #[cfg(test)]
