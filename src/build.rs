@@ -282,14 +282,15 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
         layers: layers.clone(),
         installed,
     };
+    // Before a version that is current already is found to do: its documents may have been lost.
+    for text in [Some(lock_text), resolved.pyproject.as_ref()].into_iter().flatten() {
+        context.store.ensure_blob(text.as_bytes())?;
+    }
     match context.store.current(name) {
         Ok(current) if current.same_content(&draft) => return Ok(created(current, Outcome::Unchanged)),
         // A current version that cannot be read is no reason not to publish one that can.
         Err(error) if !matches!(error.kind(), Kind::NotFound | Kind::Corrupt) => return Err(error),
         _ => {}
-    }
-    for text in [Some(lock_text), resolved.pyproject.as_ref()].into_iter().flatten() {
-        context.store.ensure_blob(text.as_bytes())?;
     }
     if request.validate {
         validate(context, &draft, &layers, &interpreter)?;

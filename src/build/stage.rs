@@ -80,7 +80,7 @@ impl Stage<'_> {
             .map(|package| {
                 let distribution = found.remove(&package.name).ok_or_else(|| {
                     Error::new(Kind::Failed, format!("uv did not install {}", package.label()))
-                        .hint("this is unexpected; run again with RUST_LOG=debug and look at what uv was given")
+                        .hint("this is unexpected; run again with ENVFABRIC_LOG=debug and look at what uv was given")
                 })?;
                 check_version(package, &distribution.metadata)?;
                 Ok(distribution)

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde::Serialize;
-use tempfile::NamedTempFile;
+use tempfile::TempDir;
 
 use super::Context;
 use super::output::bytes;
@@ -163,24 +163,21 @@ impl Create {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// Standard input in a file, where it was asked for; uv is given none.
-    fn standard_input(&self) -> Result<Option<NamedTempFile>> {
+    /// Standard input in a file, where it was asked for; uv is given none. The file always has the same name, because
+    /// the version keeps that.
+    fn standard_input(&self) -> Result<Option<TempDir>> {
         if !self.files.iter().any(|file| is_standard_input(file)) {
             return Ok(None);
         }
         let mut text = Vec::new();
         std::io::stdin().read_to_end(&mut text).at("reading", "standard input")?;
-        let place = std::env::temp_dir();
-        let file = tempfile::Builder::new()
-            .prefix("requirements-")
-            .suffix(".txt")
-            .tempfile()
-            .at("creating a file in", &place)?;
-        std::fs::write(file.path(), text).at("writing", file.path())?;
-        Ok(Some(file))
+        let dir = tempfile::tempdir().at("creating a directory in", std::env::temp_dir())?;
+        let file = dir.path().join(STANDARD_INPUT);
+        std::fs::write(&file, text).at("writing", &file)?;
+        Ok(Some(dir))
     }
 
-    fn request(&self, context: &Context, standard_input: Option<&NamedTempFile>) -> Request {
+    fn request(&self, context: &Context, standard_input: Option<&TempDir>) -> Request {
         let config = &context.settings.config;
         let input = if let Some(project) = &self.project {
             Input::Project(project.clone())
@@ -193,7 +190,7 @@ impl Create {
                     .files
                     .iter()
                     .map(|file| match standard_input {
-                        Some(text) if is_standard_input(file) => text.path().to_path_buf(),
+                        Some(dir) if is_standard_input(file) => dir.path().join(STANDARD_INPUT),
                         _ => file.clone(),
                     })
                     .collect(),
@@ -220,6 +217,9 @@ impl Create {
         request
     }
 }
+
+/// What the version calls requirements from standard input.
+const STANDARD_INPUT: &str = "stdin";
 
 fn is_standard_input(path: &Path) -> bool {
     ["-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"].iter().any(|name| path == Path::new(name))

@@ -423,6 +423,11 @@ fn what_was_lost_of_a_layer_comes_back_when_it_is_built_again() {
         world.ok(["create", "lost/a", "six", "idna", "--python", &python, "--rebuild"]);
         fsck_is_clean(&world);
     }
+    let lock = world.json(["show", "lost/a"])["lock"]["blob"].as_str().unwrap().to_string();
+    fs::remove_file(world.store().join("blobs").join(&lock[..2]).join(&lock)).unwrap();
+    assert_eq!(world.output(["fsck"]).status.code(), Some(1));
+    world.ok(["create", "lost/a", "six", "idna", "--python", &python, "--rebuild"]);
+    fsck_is_clean(&world);
     // Damage that keeps the length, too.
     damage(&pack, |bytes| bytes[100] ^= 1);
     assert_eq!(world.output(["fsck"]).status.code(), Some(1));

@@ -49,6 +49,36 @@ fn requirements_with_hashes_urls_vcs_local_wheels_and_source_directories() {
         .unwrap();
     world.ok(["create", "sources/requirements", "--python", &python, "-r", hashed.to_str().unwrap()]);
     assert_eq!(packages(world, "sources/requirements"), ["six==1.16.0"]);
+    // Standard input is a file like any other, and the same text is the same environment.
+    for _ in 0..2 {
+        let mut piped = world.command(["create", "sources/piped", "-r", "-", "--python", &python]);
+        let mut piped = piped.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null()).spawn().unwrap();
+        std::io::Write::write_all(piped.stdin.as_mut().unwrap(), b"six==1.16.0\n").unwrap();
+        drop(piped.stdin.take());
+        assert!(piped.wait().unwrap().success());
+        assert_eq!(packages(world, "sources/piped"), ["six==1.16.0"]);
+    }
+    assert_eq!(world.json(["versions", "sources/piped"]).as_array().unwrap().len(), 1);
+    // A hash that the index does not have is held to, wherever it is written, also for a layer that is known.
+    let wrong = "0".repeat(64);
+    let bad = dir.path().join("bad.txt");
+    let cases = [
+        format!("six==1.16.0 --hash=sha256:{wrong}"),
+        format!("-r hashed.txt\nidna==3.7 \\\n  --hash=sha256:{wrong}"),
+        format!("localwheel @ file://{}#sha256={wrong}", wheel.display()),
+        "--require-hashes\nsix==1.16.0".to_string(),
+        "six==1.16.0 --hash=sha256:deadbeef".to_string(),
+    ];
+    for text in cases {
+        fs::write(&bad, &text).unwrap();
+        let stderr = world.fails(1, ["create", "sources/hashes", "-r", bad.to_str().unwrap(), "--python", &python]);
+        assert!(stderr.contains("hash"), "{text}: {stderr}");
+    }
+    let plain = dir.path().join("plain.txt");
+    fs::write(&plain, format!("# a comment\nidna<4\n{}\ngitpkg @ git+file://{}\n", wheel.display(), repo.display()))
+        .unwrap();
+    world.ok(["create", "sources/requirements", "--python", &python, "-r", hashed.to_str().unwrap()]);
+    assert_eq!(packages(world, "sources/requirements"), ["six==1.16.0"]);
     // Standard input is a file like any other.
     let mut piped = world.command(["create", "sources/piped", "-r", "-", "--python", &python]);
     let mut piped = piped.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null()).spawn().unwrap();
