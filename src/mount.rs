@@ -46,12 +46,20 @@ pub struct Options {
     pub allow_other: bool,
     /// Let the kernel read large files straight from the store, where it can.
     pub passthrough: bool,
+    /// Offer environments what makes their imports cheaper.
+    pub imports: bool,
 }
 
 impl Options {
     /// What is usual at `mount_point`: 4 threads, other users let in when root mounts, passthrough where possible.
     pub fn at(mount_point: impl Into<PathBuf>) -> Self {
-        Options { mount_point: mount_point.into(), threads: 4, allow_other: attach::is_root(), passthrough: true }
+        Options {
+            mount_point: mount_point.into(),
+            threads: 4,
+            allow_other: attach::is_root(),
+            passthrough: true,
+            imports: true,
+        }
     }
 }
 
@@ -97,7 +105,7 @@ fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
             .hint("name a directory outside of the store"));
     }
     attach::raise_open_files();
-    let tree = Arc::new(tree);
+    let tree = Arc::new(if options.imports { tree } else { tree.without_imports() });
     let refresher = Arc::new(Refresher::default());
     let adapter = Adapter {
         tree: tree.clone(),

@@ -38,7 +38,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-pub use catalog::Catalog;
+pub use catalog::{Catalog, Scanned, ScannedKind};
 pub(crate) use environments::host;
 pub use environments::{Claimed, Pointer};
 pub use fsck::{Finding, FsckReport, Severity};

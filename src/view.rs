@@ -10,6 +10,7 @@
 //!       .versions/                                  Versions
 //!         <n>/                                      Special   from here on nothing ever changes
 //!           metadata.json, pyproject.toml, lock     Special
+//!           .imports/                               Special   what imports read; not listed
 //!           .python/                                Dir       the interpreter's layer
 //!             bin/python3.11                        Row
 //!           .venv/                                  Dir       scaffold + layers, later wins
@@ -22,9 +23,11 @@
 //! number is found again from the number alone, with the help of bounded memories. It may be asked from many threads.
 
 mod bytes;
+mod imports;
 mod inode;
 mod listing;
 mod lru;
+mod marshal;
 mod merge;
 pub mod mountinfo;
 mod names;
@@ -37,14 +40,14 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-pub use inode::{Ino, Object, ROWS_MAX, SLOTS_MAX, Special};
+pub use inode::{Ino, LayerFile, Object, ROWS_MAX, SLOTS_MAX, Special};
 pub use listing::EntryRef;
 pub use names::{FRESH, NameChange, Time, WATCHED};
 pub use version::CONFIG_SIZE;
 
 use crate::environment::{Digest, EnvName, Version};
 use crate::error::{Error, Kind, Result};
-use crate::store::{Catalog, FILE_MTIME, Index, LayerKind, Node, Place, Row, Store};
+use crate::store::{Catalog, FILE_MTIME, Index, LayerKind, Node, Place, Row, RowId, ScannedKind, Store};
 use bytes::{Holder, Location, Objects};
 use lru::Lru;
 use merge::{Child, Content, MergedDir};
@@ -60,6 +63,8 @@ const NAMES_MAX: usize = 500_000;
 const DIRS_MAX: usize = 32_768;
 /// Files whose place is kept.
 const LOCATIONS_MAX: usize = 65_536;
+/// Bytes of indexes for imports that are kept; the kernel keeps what is in use.
+const IMPORTS_BYTES_MAX: usize = 4 << 20;
 /// Versions whose documents are kept.
 const VERSIONS_MAX: usize = 1024;
 /// Failures that are told; a store that fails in more ways is known to be broken by then.
@@ -170,6 +175,8 @@ pub struct Tree {
     dirs: Lru<(u32, u32), Arc<MergedDir>>,
     contents: Lru<Ino, Arc<Content>>,
     locations: Lru<Ino, Location>,
+    imports: Lru<Ino, Arc<[u8]>>,
+    offer_imports: bool,
     objects: Objects,
     told: Mutex<HashSet<String>>,
 }
@@ -206,9 +213,16 @@ impl Tree {
             dirs: Lru::new(DIRS_MAX),
             contents: Lru::single(NAMES_MAX),
             locations: Lru::new(LOCATIONS_MAX),
+            imports: Lru::single(IMPORTS_BYTES_MAX),
+            offer_imports: true,
             objects: Objects::new(),
             told: Mutex::default(),
         }
+    }
+
+    /// The same without what accelerates imports.
+    pub fn without_imports(self) -> Tree {
+        Tree { offer_imports: false, ..self }
     }
 
     /// The store.
@@ -290,6 +304,10 @@ impl Tree {
                     None => Ok(None),
                 }
             }
+            Object::Special { version, special: Special::Imports } => {
+                let ino = self.imports_entry(&*self.version(version)?, name)?;
+                ino.map(|ino| self.attr(ino)).transpose()
+            }
             Object::Dir { version, index } => {
                 let view = self.version(version)?;
                 let dir = self.merged_dir(&view, index)?;
@@ -300,7 +318,7 @@ impl Tree {
                     Some(Child::Other(ino)) => self.attr(ino).map(Some),
                 }
             }
-            Object::Row { .. } | Object::Special { .. } => Err(not_a_directory()),
+            Object::Row { .. } | Object::Layer { .. } | Object::Special { .. } => Err(not_a_directory()),
         }
     }
 
@@ -357,6 +375,13 @@ impl Tree {
                 self.versions_attr(slot, &env, Age::Fresh)
             }
             Object::Row { layer, row } => Ok(row_attr(ino, &self.row(layer, row)?.node)),
+            Object::Layer { file, .. } => {
+                let size = match file {
+                    LayerFile::Pack => self.location(ino)?.size,
+                    LayerFile::Imports => self.imports_bytes(ino)?.len() as u64,
+                };
+                Ok(lasting_file(ino, size))
+            }
             Object::Dir { version, index } => {
                 let view = self.version(version)?;
                 let dir = self.merged_dir(&view, index)?;
@@ -392,17 +417,11 @@ impl Tree {
 
     fn special_attr(&self, view: &VersionView, special: Special) -> Result<Attr> {
         let ino = merge::special(view, special)?;
-        let file = |size: u64| Attr {
-            ino,
-            kind: FileKind::File,
-            size,
-            mode: 0o644,
-            nlink: 1,
-            mtime: (FILE_MTIME, 0),
-            lasting: true,
-        };
+        let file = |size: u64| lasting_file(ino, size);
         match special {
             Special::Root => Ok(lasting_dir(ino, 2, view.created())),
+            Special::Imports => Ok(lasting_dir(ino, 0, view.created())),
+            Special::ImportsIndex => Ok(file(self.imports_bytes(ino)?.len() as u64)),
             Special::Config => Ok(file(CONFIG_SIZE as u64)),
             Special::Metadata => Ok(file(view.metadata(&*self.layers(view)?)?.len() as u64)),
             Special::Lock | Special::Project => Ok(file(view.document(special).ok_or_else(gone)?.size)),
@@ -432,7 +451,10 @@ impl Tree {
                 Ino::encode(Object::Versions { slot: self.name_slots.ensure(&NameKey::Node(env))? })
             }
             Object::Dir { version, index } => Ok(self.merged_dir(&*self.version(version)?, index)?.parent),
-            Object::Row { .. } | Object::Special { .. } => Err(not_a_directory()),
+            Object::Special { version, special: Special::Imports } => {
+                Ino::encode(Object::Special { version, special: Special::Root })
+            }
+            Object::Row { .. } | Object::Layer { .. } | Object::Special { .. } => Err(not_a_directory()),
         }
     }
 
@@ -497,6 +519,10 @@ fn row_attr(ino: Ino, node: &Node) -> Attr {
         Node::Dir { .. } => (FileKind::Dir, 0),
     };
     Attr { ino, kind, size, mode: node.mode(), nlink: 1, mtime: (FILE_MTIME, 0), lasting: true }
+}
+
+fn lasting_file(ino: Ino, size: u64) -> Attr {
+    Attr { ino, kind: FileKind::File, size, mode: 0o644, nlink: 1, mtime: (FILE_MTIME, 0), lasting: true }
 }
 
 fn lasting_dir(ino: Ino, subdirs: u32, mtime: Time) -> Attr {

@@ -33,6 +33,9 @@ pub(crate) struct Mount {
     /// Serve large files through the daemon even where the kernel could read them directly
     #[arg(long)]
     no_passthrough: bool,
+    /// Do not offer environments what makes their imports cheaper
+    #[arg(long)]
+    plain_imports: bool,
     /// Threads that answer the kernel
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: Option<u16>,
@@ -56,6 +59,7 @@ impl Mount {
             ("--no-allow-other", self.no_allow_other),
             ("--allow-other", self.allow_other),
             ("--no-passthrough", self.no_passthrough),
+            ("--plain-imports", self.plain_imports),
         ] {
             if set {
                 flags.push(flag.to_string());
@@ -84,6 +88,7 @@ impl Mount {
             options.allow_other = self.allow_other;
         }
         options.passthrough = !self.no_passthrough;
+        options.imports = !self.plain_imports;
         if let Some(threads) = self.threads {
             options.threads = usize::from(threads);
         }

@@ -105,7 +105,7 @@ impl Adapter {
         use crate::view::Object;
         match ino(number).decode() {
             Some(Object::Special { special, .. }) => !special.is_node_link(),
-            Some(Object::Row { .. } | Object::Dir { .. }) => true,
+            Some(Object::Row { .. } | Object::Layer { .. } | Object::Dir { .. }) => true,
             _ => false,
         }
     }

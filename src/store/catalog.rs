@@ -135,6 +135,36 @@ impl Catalog {
         self.many(&format!("SELECT {COLUMNS} FROM entry ORDER BY id"), ())
     }
 
+    /// Shows every row but the root to `look`: directory by directory in order of their numbers, which are above their
+    /// parents', and by name within each. Cheaper than [`Catalog::all`] for those who need few of them.
+    pub fn scan(&self, mut look: impl FnMut(Scanned<'_>)) -> Result<()> {
+        let read = |e: rusqlite::Error| self.damaged("cannot be read").with_source(e);
+        let sql = "SELECT parent, id, kind, size, offset, name FROM entry WHERE id > 0 ORDER BY parent, name";
+        let mut statement = self.db.prepare_cached(sql).map_err(read)?;
+        let mut rows = statement.query(()).map_err(read)?;
+        while let Some(row) = rows.next().map_err(read)? {
+            let number = |at| row.get::<_, u32>(at).ok().filter(|n| *n < self.rows);
+            let bytes = |value: i64| u64::try_from(value).map_err(|_| self.damaged("has a negative size or offset"));
+            let (Some(parent), Some(id)) = (number(0), number(1)) else {
+                return Err(self.damaged("has a row number out of range"));
+            };
+            let kind = match row.get(2).map_err(read)? {
+                0 => ScannedKind::Dir,
+                1 => ScannedKind::File {
+                    size: bytes(row.get(3).map_err(read)?)?,
+                    offset: row.get::<_, Option<i64>>(4).map_err(read)?.map(bytes).transpose()?,
+                },
+                _ => ScannedKind::Symlink,
+            };
+            let name = row.get_ref(5).map_err(read)?.as_blob().map_err(|_| self.damaged("has a name that is none"))?;
+            if parent >= id || !is_component(name) {
+                return Err(self.damaged(&format!("has a bad row {id}")));
+            }
+            look(Scanned { id, parent, name, kind });
+        }
+        Ok(())
+    }
+
     /// The path of row `id` below the layer's root, components joined by `/`; empty for the root.
     pub fn path_of(&self, id: RowId) -> Result<Vec<u8>> {
         let mut parts: Vec<Vec<u8>> = Vec::new();
@@ -202,6 +232,35 @@ impl Catalog {
         let raws = statement.query_map(params, RawRow::read).map_err(read)?;
         raws.map(|raw| raw.map_err(read)?.decode(self.rows).map_err(|what| self.damaged(&what))).collect()
     }
+}
+
+/// A row as [`Catalog::scan`] shows it.
+#[derive(Debug, Clone, Copy)]
+pub struct Scanned<'a> {
+    /// Its number.
+    pub id: RowId,
+    /// The directory that it is in.
+    pub parent: RowId,
+    /// One path component.
+    pub name: &'a [u8],
+    /// What it is.
+    pub kind: ScannedKind,
+}
+
+/// What a scanned row is.
+#[derive(Debug, Clone, Copy)]
+pub enum ScannedKind {
+    /// A directory.
+    Dir,
+    /// A regular file.
+    File {
+        /// Bytes.
+        size: u64,
+        /// Where in the layer's pack it is, if it is there.
+        offset: Option<u64>,
+    },
+    /// A symbolic link.
+    Symlink,
 }
 
 struct RawRow {

@@ -74,6 +74,12 @@ impl Objects {
         })
     }
 
+    /// How many bytes an object has.
+    pub(super) fn length(&self, store: &Store, holder: Holder) -> Result<u64> {
+        let file = self.open(store, holder)?;
+        Ok(file.metadata().at("reading", path(store, holder))?.len())
+    }
+
     /// The open file of an object.
     pub(super) fn open(&self, store: &Store, holder: Holder) -> Result<Arc<File>> {
         self.files.get_or(holder, || {

@@ -4,6 +4,7 @@
 //! bits 52-51  50 ................ 27  26 ............... 0
 //!     0       name slot (2 .. 50)              what (0-1)     the root, workflows, nodes, `.versions`
 //!     1       layer slot              row                     a file or symlink, the same in every environment
+//!     1       layer slot              2^27-1, 2^27-2          what imports read of a layer: its pack, its index
 //!     2       version slot            directory index         a directory inside a version
 //!     3       version slot            special                 what is made up for a version: links, pyvenv.cfg, ...
 //! ```
@@ -31,6 +32,10 @@ pub const SLOTS_MAX: u32 = 1 << SLOT_BITS;
 /// The index of `.venv/bin` where no layer has it.
 pub(super) const MADE_UP_BIN: u32 = LOW_MASK as u32;
 
+/// The rows behind which a layer's own files are.
+const PACK_ROW: u32 = LOW_MASK as u32;
+const IMPORTS_ROW: u32 = LOW_MASK as u32 - 1;
+
 /// An inode number of a view.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ino(u64);
@@ -57,6 +62,13 @@ pub enum Object {
         /// Row.
         row: u32,
     },
+    /// A file about a layer, which is no row of it.
+    Layer {
+        /// Layer slot.
+        layer: u32,
+        /// Which.
+        file: LayerFile,
+    },
     /// A directory of a version.
     Dir {
         /// Version slot.
@@ -71,6 +83,15 @@ pub enum Object {
         /// Which.
         special: Special,
     },
+}
+
+/// A file about a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum LayerFile {
+    /// Its pack, whole.
+    Pack,
+    /// Where in the pack the bytecode of each module is.
+    Imports,
 }
 
 /// What a version has and no layer does.
@@ -103,10 +124,14 @@ pub enum Special {
     LinkProject = 11,
     /// The node's link `.python`: CPython before 3.11 takes `.venv/bin/../../.python` apart as text.
     LinkPython = 12,
+    /// `.versions/<n>/.imports`.
+    Imports = 13,
+    /// `.versions/<n>/.imports/index`.
+    ImportsIndex = 14,
 }
 
 impl Special {
-    const ALL: [Special; 13] = [
+    const ALL: [Special; 15] = [
         Special::Root,
         Special::Config,
         Special::Metadata,
@@ -120,11 +145,13 @@ impl Special {
         Special::LinkLock,
         Special::LinkProject,
         Special::LinkPython,
+        Special::Imports,
+        Special::ImportsIndex,
     ];
 
     /// True for the links in a node directory.
     pub fn is_node_link(self) -> bool {
-        self as u32 >= Special::LinkVenv as u32
+        (Special::LinkVenv as u32..=Special::LinkPython as u32).contains(&(self as u32))
     }
 }
 
@@ -141,7 +168,10 @@ impl Ino {
             Object::Root => return Ok(Ino::ROOT),
             Object::Name { slot } => return name(slot, 2),
             Object::Versions { slot } => return name(slot, 3),
-            Object::Row { layer, row } => (1, layer, row),
+            Object::Row { layer, row } if row < IMPORTS_ROW => (1, layer, row),
+            Object::Row { .. } => return Err(too_many()),
+            Object::Layer { layer, file: LayerFile::Pack } => (1, layer, PACK_ROW),
+            Object::Layer { layer, file: LayerFile::Imports } => (1, layer, IMPORTS_ROW),
             Object::Dir { version, index } => (2, version, index),
             Object::Special { version, special } => (3, version, special as u32),
         };
@@ -165,7 +195,11 @@ impl Ino {
                     _ => None,
                 }
             }
-            1 => Some(Object::Row { layer: slot, row: low }),
+            1 => Some(match low {
+                PACK_ROW => Object::Layer { layer: slot, file: LayerFile::Pack },
+                IMPORTS_ROW => Object::Layer { layer: slot, file: LayerFile::Imports },
+                row => Object::Row { layer: slot, row },
+            }),
             2 => Some(Object::Dir { version: slot, index: low }),
             3 => {
                 let special = *Special::ALL.get(low as usize)?;
@@ -217,9 +251,13 @@ mod tests {
             Just(Object::Root),
             slot().prop_map(|slot| Object::Name { slot }),
             slot().prop_map(|slot| Object::Versions { slot }),
-            (slot(), low()).prop_map(|(layer, row)| Object::Row { layer, row }),
+            (slot(), 0..ROWS_MAX).prop_map(|(layer, row)| Object::Row { layer, row }),
+            (slot(), any::<bool>()).prop_map(|(layer, pack)| {
+                Object::Layer { layer, file: if pack { LayerFile::Pack } else { LayerFile::Imports } }
+            }),
             (slot(), low()).prop_map(|(version, index)| Object::Dir { version, index }),
-            (slot(), 0..13usize).prop_map(|(version, s)| Object::Special { version, special: Special::ALL[s] }),
+            (slot(), 0..Special::ALL.len())
+                .prop_map(|(version, s)| Object::Special { version, special: Special::ALL[s] }),
         ]
     }
 
@@ -247,6 +285,6 @@ mod tests {
             assert_eq!(*special as usize, i);
         }
         assert!(Ino::encode(Object::Row { layer: SLOTS_MAX, row: 0 }).is_err());
-        assert!(Ino::encode(Object::Row { layer: 0, row: LOW_MASK as u32 + 1 }).is_err());
+        assert!(Ino::encode(Object::Row { layer: 0, row: ROWS_MAX }).is_err());
     }
 }

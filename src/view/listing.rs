@@ -49,7 +49,20 @@ impl Tree {
                 }
                 Rest::Moving(Arc::new(entries))
             }
-            Object::Row { .. } | Object::Special { .. } => return Err(not_a_directory()),
+            Object::Special { version, special: Special::Imports } => {
+                let view = self.version(version)?;
+                let ords = 0..self.layers(&view)?.docs.len();
+                let names = ords.flat_map(|ord| [format!("{ord}.index"), format!("{ord}.pack")]);
+                let mut entries = Vec::new();
+                for name in std::iter::once("index".to_string()).chain(names) {
+                    if let Some(ino) = self.imports_entry(&view, name.as_bytes())? {
+                        let offset = entries.len() as u64 + 3;
+                        entries.push(DirEntry { offset, name: name.into_bytes(), ino, kind: FileKind::File });
+                    }
+                }
+                Rest::Moving(Arc::new(entries))
+            }
+            Object::Row { .. } | Object::Layer { .. } | Object::Special { .. } => return Err(not_a_directory()),
         };
         Ok(Listing { head, rest })
     }
@@ -93,6 +106,7 @@ impl Tree {
                 return Ok(Some(root.ino));
             }
             b"metadata.json" => Special::Metadata,
+            b".imports" if self.offer_imports => Special::Imports,
             _ if document(Special::Lock) => Special::Lock,
             _ if document(Special::Project) => Special::Project,
             _ => return Ok(None),

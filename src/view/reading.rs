@@ -21,6 +21,13 @@ impl Tree {
     /// How the bytes of file `ino` are to be had. Nothing is kept for it: a read needs the number alone.
     pub fn open(&self, ino: Ino) -> Result<Opened> {
         match ino.decode().ok_or_else(gone)? {
+            Object::Layer { file: LayerFile::Imports, .. } | Object::Special { special: Special::ImportsIndex, .. } => {
+                Ok(Opened::Lasting)
+            }
+            Object::Layer { file: LayerFile::Pack, .. } => {
+                let at = self.location(ino)?;
+                Ok(Opened::Whole(self.objects.open(&self.store, at.holder)?, at.size))
+            }
             Object::Row { .. } => {
                 let at = self.location(ino)?;
                 match at.holder {
@@ -46,6 +53,9 @@ impl Tree {
                 let view = self.version(version)?;
                 Ok(cut(&view.metadata(&*self.layers(&view)?)?, offset, size))
             }
+            Object::Layer { file: LayerFile::Imports, .. } | Object::Special { special: Special::ImportsIndex, .. } => {
+                Ok(cut(&self.imports_bytes(ino)?, offset, size))
+            }
             _ => {
                 let read = self.objects.read(&self.store, &self.location(ino)?, offset, size);
                 // The catalog may have named a wrong place and have been repaired since.
@@ -66,7 +76,7 @@ impl Tree {
         view.config(&dir)
     }
 
-    fn location(&self, ino: Ino) -> Result<Location> {
+    pub(super) fn location(&self, ino: Ino) -> Result<Location> {
         if let Some(at) = self.locations.get(&ino) {
             return Ok(at);
         }
@@ -88,6 +98,12 @@ impl Tree {
                         }
                     }
                 })?
+            }
+            Object::Layer { layer, file: LayerFile::Pack } => {
+                let digest = self.layer_slots.key(layer).ok_or_else(gone)?;
+                let pack = self.index.layer(&self.store, &digest).map_err(damaged)?.pack.ok_or_else(gone)?;
+                let size = self.objects.length(&self.store, Holder::Pack(pack))?;
+                Location { holder: Holder::Pack(pack), offset: 0, size }
             }
             Object::Special { version, special: special @ (Special::Lock | Special::Project) } => {
                 let view = self.version(version)?;

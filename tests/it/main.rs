@@ -9,6 +9,7 @@ mod cli;
 mod copies;
 mod documents;
 mod faults;
+mod imports;
 mod side_by_side;
 mod sources;
 mod suites;

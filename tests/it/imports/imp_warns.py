@@ -1,0 +1,2 @@
+import warnings
+warnings.warn("from the importer", stacklevel=2)
