@@ -18,7 +18,9 @@ pub(super) fn mount_of(store: &Store, preferred: &Path) -> Result<Option<PathBuf
         return Ok(Some(preferred.to_path_buf()));
     }
     let mut others = mount::mounts()?.into_iter().filter(|mount| mount.root == Path::new("/") && of_store(mount));
-    Ok(others.find(|mount| mount.mount_point.exists()).map(|mount| mount.mount_point))
+    // A dead one may seem to exist for as long as the kernel keeps its attributes.
+    let usable = |mount: &MountInfo| !is_dead(&mount.mount_point) && mount.mount_point.exists();
+    Ok(others.find(usable).map(|mount| mount.mount_point))
 }
 
 /// True when the process that served the mount at `dir` is gone.
