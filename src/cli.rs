@@ -23,6 +23,7 @@ mod run;
 mod settings;
 mod show;
 mod spec;
+mod stats;
 mod versions;
 
 use std::process::ExitCode;
@@ -89,6 +90,7 @@ enum Verb {
     Remove(remove::Remove),
     #[command(subcommand)]
     Python(python::Python),
+    Stats(stats::Stats),
     Fsck(fsck::Fsck),
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
@@ -200,6 +202,7 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
         Verb::Rollback(verb) => verb.run(&context),
         Verb::Remove(verb) => verb.run(&context),
         Verb::Python(verb) => verb.run(&context),
+        Verb::Stats(verb) => verb.run(&context),
         Verb::Fsck(verb) => verb.run(&context),
         Verb::Doctor(verb) => verb.run(&context),
         Verb::Completions(_) | Verb::Man(_) => Ok(ExitCode::SUCCESS),

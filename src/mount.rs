@@ -13,6 +13,7 @@ mod adapter;
 mod attach;
 mod passthrough;
 mod refresh;
+mod stats;
 mod table;
 mod trial;
 
@@ -24,7 +25,8 @@ use fuser::{Config, Generation, Session, SessionACL};
 use signal_hook::iterator::Signals;
 
 pub use attach::{fusermount, preflight, umount};
-pub use passthrough::is_local;
+pub use passthrough::{NoPassthrough, is_local, obstacle};
+pub use stats::{Memory, Opens, PassthroughUse, Stats, stats};
 pub use table::{MountInfo, find, mounts};
 pub use trial::{clear_dead_trials, end_trials, trial};
 
@@ -34,6 +36,7 @@ use crate::view::{Mountpoint, Tree};
 use adapter::Adapter;
 use passthrough::Passthrough;
 use refresh::Refresher;
+use stats::Counters;
 
 /// How to mount.
 #[derive(Debug, Clone)]
@@ -107,12 +110,20 @@ fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
     attach::raise_open_files();
     let tree = Arc::new(if options.imports { tree } else { tree.without_imports() });
     let refresher = Arc::new(Refresher::default());
+    let obstacle = obstacle(tree.store(), options.passthrough);
+    let try_passthrough = obstacle.is_none();
+    let passthrough = Passthrough::default();
+    if let Some(why) = obstacle {
+        passthrough.disable(why);
+    }
     let adapter = Adapter {
         tree: tree.clone(),
         refresher: refresher.clone(),
         owner: (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()),
-        try_passthrough: options.passthrough && attach::is_root() && passthrough::is_local(tree.store()),
-        passthrough: Passthrough::default(),
+        try_passthrough,
+        passthrough,
+        counters: Counters::default(),
+        threads: options.threads.max(1),
         // 32 bits are what the kernel keeps; 0 would be everybody's.
         generation: Generation(RandomState::new().hash_one(&dir) & u64::from(u32::MAX) | 1),
     };

@@ -1,18 +1,21 @@
-//! The only `unsafe` of the program: what must be done between `fork` and `exec` of a child, and taking ownership of a
-//! descriptor.
+//! The only `unsafe` of the program: what must be done between `fork` and `exec` of a child, taking ownership of a
+//! descriptor, and asking a file system that may never answer.
 //!
 //! The closure given to `pre_exec` runs in a copy of a process that may have had many threads, so it may only make
 //! system calls: everything it needs (C strings, texts) is prepared before.
 
 #![allow(unsafe_code)]
 
-use std::ffi::CString;
-use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::ffi::{CStr, CString};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// The version of the glibc that this process runs with, `2.36`; none for a build without glibc, which cannot tell what
 /// the machine has.
@@ -20,7 +23,7 @@ pub fn glibc_version() -> Option<&'static str> {
     #[cfg(target_env = "gnu")]
     {
         // SAFETY: glibc returns a NUL-terminated string that lives and stays the same as long as the process.
-        let version = unsafe { std::ffi::CStr::from_ptr(libc::gnu_get_libc_version()) };
+        let version = unsafe { CStr::from_ptr(libc::gnu_get_libc_version()) };
         version.to_str().ok()
     }
     #[cfg(not(target_env = "gnu"))]
@@ -34,6 +37,101 @@ pub(crate) fn own(descriptor: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: SCM_RIGHTS made the descriptor for this process; the only caller passes it on at once and once.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// The value of extended attribute `name` of `dir`, of at most `MOST` bytes; none when it does not come within `wait`.
+/// Where `user` names a user and a group, they ask; only root can ask in another's name.
+///
+/// A call that a FUSE server has read cannot be interrupted, not even by SIGKILL, and a process with such a thread does
+/// not end. So a child asks, which shares nothing with its parent but a pipe, and is left behind if need be.
+pub(crate) fn xattr_apart<const MOST: usize>(
+    dir: &OwnedFd,
+    name: &CStr,
+    user: Option<(u32, u32)>,
+    wait: Duration,
+) -> io::Result<Option<Vec<u8>>> {
+    let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    // SAFETY: the child makes system calls only and never returns; see `ask`.
+    let child = match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Child => unsafe { ask::<MOST>(dir, &theirs, name, user) },
+        nix::unistd::ForkResult::Parent { child } => child,
+    };
+    drop(theirs);
+    let end = Instant::now() + wait;
+    let mut answer = Vec::new();
+    let mut ours = std::fs::File::from(ours);
+    let whole = loop {
+        let left = end.saturating_duration_since(Instant::now()).as_millis().min(i32::MAX as u128) as i32;
+        let mut polled = [PollFd::new(ours.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut polled, PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO)) {
+            Ok(0) => break false,
+            Ok(_) => {}
+            Err(nix::Error::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        }
+        let mut part = [0u8; 4096];
+        match ours.read(&mut part)? {
+            0 => break true,
+            length => answer.extend_from_slice(&part[..length]),
+        }
+    };
+    if !whole {
+        let _ = nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL);
+        let _ = nix::sys::wait::waitpid(child, Some(nix::sys::wait::WaitPidFlag::WNOHANG));
+        return Ok(None);
+    }
+    let _ = nix::sys::wait::waitpid(child, None);
+    // The errno comes first, 0 for none.
+    let Some((errno, value)) = answer.split_first_chunk::<4>() else { return Err(io::ErrorKind::UnexpectedEof.into()) };
+    match i32::from_ne_bytes(*errno) {
+        0 => Ok(Some(value.to_vec())),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
+/// The child of [`xattr_apart`].
+///
+/// # Safety
+/// Only called in a child right after `fork`: closes all descriptors and does not return.
+unsafe fn ask<const MOST: usize>(dir: &OwnedFd, pipe: &OwnedFd, name: &CStr, user: Option<(u32, u32)>) -> ! {
+    let mut value = [0u8; MOST];
+    // SAFETY: system calls on numbers and on memory of this frame, with its length; names are NUL-terminated. The two
+    // descriptors are moved out of each other's way before they get the numbers 0 and 1.
+    unsafe {
+        let dir = libc::fcntl(dir.as_raw_fd(), libc::F_DUPFD, 2);
+        let pipe = libc::fcntl(pipe.as_raw_fd(), libc::F_DUPFD, 2);
+        libc::dup2(dir, 0);
+        libc::dup2(pipe, 1);
+        // Whoever waits for the end of a pipe that the parent has must not wait for this child.
+        libc::syscall(libc::SYS_close_range, 2, libc::c_uint::MAX, 0);
+        let mut failed = 0;
+        if let Some((user, group)) = user {
+            let (user, group) = (libc::c_long::from(user), libc::c_long::from(group));
+            if libc::syscall(libc::SYS_setresgid, group, group, group) < 0
+                || libc::syscall(libc::SYS_setresuid, user, user, user) < 0
+            {
+                failed = *libc::__errno_location();
+            }
+        }
+        let mut length = 0;
+        if failed == 0 {
+            let path = c"/proc/self/fd/0";
+            length = libc::getxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), MOST);
+            if length < 0 {
+                failed = *libc::__errno_location();
+            }
+        }
+        libc::write(1, (&raw const failed).cast(), 4);
+        let mut written = 0;
+        while written < length {
+            let wrote = libc::write(1, value.as_ptr().add(written as usize).cast(), (length - written) as usize);
+            if wrote <= 0 {
+                break;
+            }
+            written += wrote;
+        }
+        libc::_exit(0)
+    }
 }
 
 /// How a child differs from its parent.
@@ -139,7 +237,7 @@ impl Hide {
 ///
 /// # Safety
 /// None beyond being called where only system calls are allowed, which this keeps to.
-unsafe fn write_once(path: &std::ffi::CStr, bytes: &[u8]) -> io::Result<()> {
+unsafe fn write_once(path: &CStr, bytes: &[u8]) -> io::Result<()> {
     // SAFETY: `path` is NUL-terminated, `bytes` is valid for its length, and the descriptor is closed here.
     unsafe {
         let fd = libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);

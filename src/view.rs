@@ -28,6 +28,7 @@ mod inode;
 mod listing;
 mod lru;
 mod marshal;
+mod memories;
 mod merge;
 pub mod mountinfo;
 mod names;

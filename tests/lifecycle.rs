@@ -273,6 +273,11 @@ fn an_ordinary_user_mounts_through_fusermount3() {
     let said = as_user(&format!("stat -c %u:%g '{}/demo/a/.venv/bin/alpha'", dir.display()));
     assert_eq!(said, format!("{USER}:{USER}\n"));
     assert!(fs::metadata(dir.join("demo")).is_err(), "others, root too, are not let in");
+    // But root is told how it does, and stays root.
+    let told = envfabric::mount::stats(&dir).unwrap();
+    assert!(told.requests["LOOKUP"] > 0 && !told.passthrough.used);
+    assert!(told.passthrough.why_not.unwrap().contains("root"));
+    assert!(nix::unistd::getresuid().unwrap().effective.is_root());
 
     let error = as_user(&format!("cat '{}/demo/a/.venv/pyvenv.cfg' | head -1", dir.display()));
     assert_eq!(error, format!("home = {}/demo/a/.versions/1/.python/bin\n", dir.display()));

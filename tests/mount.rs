@@ -13,7 +13,7 @@ use std::process::Command;
 
 use common::*;
 use envfabric::error::{Error, Kind};
-use envfabric::mount::{Mounted, Options, mount, mounts, trial, umount};
+use envfabric::mount::{Mounted, Options, mount, mounts, stats, trial, umount};
 
 /// Unmounts lazily whatever is at the path, so that no failed test leaves a mount.
 struct Bound(PathBuf);
@@ -249,6 +249,71 @@ fn files_tell_their_layer_and_digest_and_directories_their_version() {
     let of_store = nix::sys::statvfs::statvfs(fixture.store.root()).unwrap();
     assert_eq!((stat.blocks(), stat.name_max()), (of_store.blocks(), 255));
     assert!(stat.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY));
+}
+
+#[test]
+fn a_mount_counts_what_it_is_asked_and_tells_it_without_a_name_in_its_tree() {
+    needs_mounts!();
+    let fixture = Fixture::new();
+    fixture.publish("demo/a", fixture.packages());
+    for wanted in [true, false] {
+        let mounted = served_with(&fixture, &format!("m{wanted}"), |o| (o.passthrough, o.threads) = (wanted, 3));
+        let root = mounted.mount_point();
+        let site = root.join("demo/a/.venv/lib/python3.11/site-packages/alpha");
+        let before = stats(root).unwrap();
+        for _ in 0..20 {
+            fs::read(site.join("data/small.bin")).unwrap();
+            fs::read(site.join("data/big.bin")).unwrap();
+            assert!(fs::metadata(site.join("missing")).is_err());
+        }
+        home(root.join("demo/a/.venv/pyvenv.cfg"));
+        // Asked through a bind mount of a part; releases may come late.
+        let bound = Bound::bind(root.join("demo/a"), fixture.place("bound"));
+        until("every handle is released", || stats(&bound.0).unwrap().requests["RELEASE"] == 41);
+        let after = stats(&bound.0).unwrap();
+        let grown = |name: &str| after.requests[name] - before.requests[name];
+        assert_eq!(grown("OPEN"), 41);
+        let of_names = grown("LOOKUP");
+        assert!((7..40).contains(&of_names), "names are kept, missing ones too: {of_names}");
+        assert_eq!(after.opens.passthrough + after.opens.cached, 40);
+        assert_eq!(after.opens.direct, 1);
+        let used = after.passthrough.used;
+        assert_eq!(after.passthrough.why_not.is_none(), used);
+        assert_eq!(after.opens.passthrough, if used { 20 } else { 0 });
+        // Small files are kept by the kernel after the first time; so are large ones, unless it reads them itself.
+        let bytes = if used { 5_000 } else { 705_000 } + 8_192;
+        assert_eq!(after.bytes_read, bytes);
+        if !wanted {
+            assert!(after.passthrough.why_not.as_deref().unwrap().contains("--no-passthrough"));
+        }
+        assert_eq!((after.threads, after.pid), (3, std::process::id()));
+        assert_eq!(
+            (&*after.mount_point, &*after.store),
+            (root.to_str().unwrap(), fixture.store.root().to_str().unwrap())
+        );
+        assert!(after.protocol.starts_with("7.") && after.resident_bytes > 1_000_000 && after.open_files > 3);
+        let catalogs = after.memories["catalogs"];
+        assert!(catalogs.held > 0 && catalogs.most >= catalogs.held);
+        // Nothing that walks the tree or copies it meets the attribute.
+        for path in [root.to_path_buf(), root.join("demo"), site.join("data/small.bin")] {
+            let dump = run("getfattr", &["-d", "-m", "-", path.to_str().unwrap()]);
+            assert!(!dump.contains("stats"), "{dump}");
+        }
+        assert_eq!(fs::read_dir(root).unwrap().count(), 1);
+    }
+}
+
+#[test]
+fn what_is_no_mount_of_ours_is_asked_nothing() {
+    needs_mounts!();
+    let fixture = Fixture::new();
+    let plain = fixture.place("plain");
+    assert!(stats(&plain).unwrap_err().is_not_found());
+    assert!(stats(&plain.join("missing")).unwrap_err().is_not_found());
+    run("mount", &["-t", "tmpfs", "none", plain.to_str().unwrap()]);
+    let plain = Bound(plain);
+    let error = stats(&plain.0).unwrap_err();
+    assert!(error.kind() == Kind::Usage && error.to_string().contains("not envfabric's"), "{error:?}");
 }
 
 #[test]

@@ -96,6 +96,7 @@ impl Doctor {
         }
         checks.push(scratch(&settings.scratch));
         checks.push(mounted(&settings.mount, store.as_ref()));
+        checks.extend(store.as_ref().map(|store| passthrough(store, &settings.mount)));
 
         let report = Report { ok: checks.iter().all(|c| c.state != State::Bad), checks };
         context.out.result(&report, |w| {
@@ -114,16 +115,42 @@ impl Doctor {
     }
 }
 
-fn kernel() -> Check {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let release = release.trim();
+/// The release of the kernel, and whether it has passthrough.
+fn release() -> (String, bool) {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_string();
     let mut numbers = release.split(['.', '-']).filter_map(|n| n.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    if version >= (6, 9) {
+    (release, version >= (6, 9))
+}
+
+fn kernel() -> Check {
+    let (release, has_passthrough) = release();
+    if has_passthrough {
         Check::new("kernel", State::Ok, format!("Linux {release}, with FUSE passthrough"))
     } else {
         Check::new("kernel", State::Note, format!("Linux {release}, without FUSE passthrough"))
             .hint("large files are read at local speed from Linux 6.9 on")
+    }
+}
+
+/// Whether large files are read straight from the store: by the mount that is there, or by one that this user would make.
+fn passthrough(store: &Store, at: &Path) -> Check {
+    const NAME: &str = "passthrough";
+    let without = |why: &str| Check::new(NAME, State::Note, format!("not to be had: {why}"));
+    let mounted = super::daemon::mount_of(store, at).ok().flatten();
+    match mounted.as_deref().and_then(|at| Some((at, mount::stats(at).ok()?))) {
+        Some((at, stats)) if stats.passthrough.used => {
+            Check::new(NAME, State::Ok, format!("used by the mount at {}", at.display()))
+        }
+        Some((at, stats)) => {
+            let why = stats.passthrough.why_not.unwrap_or_default();
+            Check::new(NAME, State::Note, format!("not used by the mount at {}: {why}", at.display()))
+        }
+        None => match mount::obstacle(store, true) {
+            Some(why) => without(&why.to_string()),
+            None if !release().1 => without(&mount::NoPassthrough::Kernel.to_string()),
+            None => Check::new(NAME, State::Ok, "a mount made now would have it"),
+        },
     }
 }
 

@@ -15,11 +15,12 @@ use fuser::{
     InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags, PollNotifier,
     RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
     ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
-    WriteFlags,
+    Version, WriteFlags,
 };
 
 use super::passthrough::{Mode, Passthrough};
 use super::refresh::Refresher;
+use super::stats::{self, Counters, How, Op};
 use crate::error::{Error, Result};
 use crate::view::{Attr, EntryRef, FileKind, Ino, Opened, Reader, Tree};
 
@@ -41,6 +42,9 @@ pub(super) struct Adapter {
     /// Ask the kernel for passthrough.
     pub(super) try_passthrough: bool,
     pub(super) passthrough: Passthrough,
+    pub(super) counters: Counters,
+    /// Threads that answer.
+    pub(super) threads: usize,
     /// Part of every file handle (`name_to_handle_at`): the numbers of another mount name other files, so a handle of
     /// it must not be taken for one of ours.
     pub(super) generation: Generation,
@@ -137,6 +141,8 @@ impl Adapter {
 
 impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let Version(major, minor) = config.kernel_abi();
+        self.counters.heard((major, minor));
         let wanted = [
             InitFlags::FUSE_ASYNC_READ,
             InitFlags::FUSE_PARALLEL_DIROPS,
@@ -162,6 +168,7 @@ impl Filesystem for Adapter {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.counters.count(Op::Lookup);
         // FUSE itself passes on up to 1,024 bytes; programs expect what every other file system says.
         if name.len() > NAME_MAX {
             return reply.error(Errno::ENAMETOOLONG);
@@ -188,9 +195,12 @@ impl Filesystem for Adapter {
     }
 
     // Numbers are computed: there is nothing to forget.
-    fn forget(&self, _req: &Request, _ino: INodeNo, _nlookup: u64) {}
+    fn forget(&self, _req: &Request, _ino: INodeNo, _nlookup: u64) {
+        self.counters.count(Op::Forget);
+    }
 
     fn getattr(&self, _req: &Request, number: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.counters.count(Op::Getattr);
         self.note_asked(number);
         match self.ask(|tree| tree.attr(ino(number))) {
             Ok(attr) => reply.attr(&ttl(attr.lasting), &self.file_attr(&attr)),
@@ -199,6 +209,7 @@ impl Filesystem for Adapter {
     }
 
     fn readlink(&self, _req: &Request, number: INodeNo, reply: ReplyData) {
+        self.counters.count(Op::Readlink);
         match self.ask(|tree| tree.readlink(ino(number))) {
             Ok(target) => reply.data(&target),
             Err(errno) => reply.error(errno),
@@ -206,21 +217,32 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, _req: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        self.counters.count(Op::Open);
         if flags.acc_mode() != OpenAccMode::O_RDONLY || flags.0 & libc::O_TRUNC != 0 {
             return reply.error(Errno::EROFS);
         }
         let kept = FopenFlags::FOPEN_KEEP_CACHE;
         match self.ask(|tree| tree.open(ino(number))) {
-            Ok(Opened::ByReader) => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
+            Ok(Opened::ByReader) => {
+                self.counters.opened(How::Direct);
+                reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
+            }
             Ok(Opened::Whole(file, size)) if self.try_passthrough => {
                 match self.passthrough.open(ino(number), &file, size, &reply) {
-                    Mode::Cached(handle) => reply.opened(handle, kept),
+                    Mode::Cached(handle) => {
+                        self.counters.opened(How::Cached);
+                        reply.opened(handle, kept);
+                    }
                     Mode::Passed(handle, backing) => {
+                        self.counters.opened(How::Passthrough);
                         reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
                     }
                 }
             }
-            Ok(Opened::Lasting | Opened::Whole(..)) => reply.opened(FileHandle(0), kept),
+            Ok(Opened::Lasting | Opened::Whole(..)) => {
+                self.counters.opened(How::Cached);
+                reply.opened(FileHandle(0), kept);
+            }
             Err(errno) => reply.error(errno),
         }
     }
@@ -236,9 +258,13 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        self.counters.count(Op::Read);
         let reader = Reader { tid: Some(req.pid()).filter(|tid| *tid != 0) };
         match self.ask(|tree| tree.read(ino(number), offset, size, reader)) {
-            Ok(bytes) => reply.data(&bytes),
+            Ok(bytes) => {
+                self.counters.read(bytes.len());
+                reply.data(&bytes);
+            }
             Err(errno) => reply.error(errno),
         }
     }
@@ -253,6 +279,7 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        self.counters.count(Op::Release);
         if fh != FileHandle(0) {
             self.passthrough.release(ino(number), fh);
         }
@@ -260,10 +287,12 @@ impl Filesystem for Adapter {
     }
 
     fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        self.counters.count(Op::Opendir);
         reply.error(Errno::ENOSYS);
     }
 
     fn readdir(&self, _req: &Request, number: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        self.counters.count(Op::Readdir);
         let filled = self.fill(number, offset, |next, entry, _| {
             reply.add(INodeNo(entry.ino.get()), next, file_type(entry.kind), OsStr::from_bytes(entry.name))
         });
@@ -281,6 +310,7 @@ impl Filesystem for Adapter {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
+        self.counters.count(Op::Readdirplus);
         let filled = self.fill(number, offset, |next, entry, attr| {
             // The kernel takes no attributes of these two.
             let dots = entry.name == b"." || entry.name == b"..";
@@ -306,6 +336,7 @@ impl Filesystem for Adapter {
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        self.counters.count(Op::Statfs);
         match nix::sys::statvfs::statvfs(self.tree.store().root()) {
             Ok(stat) => reply.statfs(
                 stat.blocks(),
@@ -322,8 +353,12 @@ impl Filesystem for Adapter {
     }
 
     fn getxattr(&self, _req: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        self.counters.count(Op::Getxattr);
         if !name.as_bytes().starts_with(b"user.envfabric.") {
             return reply.error(Errno::ENODATA);
+        }
+        if name.as_bytes() == stats::ATTRIBUTE.to_bytes() {
+            return reply_xattr(&self.counters.tell(&self.tree, &self.passthrough, self.threads), size, reply);
         }
         match self.ask(|tree| tree.xattrs(ino(number))) {
             Ok(attrs) => match attrs.iter().find(|(known, _)| name == *known) {
@@ -335,6 +370,7 @@ impl Filesystem for Adapter {
     }
 
     fn listxattr(&self, _req: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
+        self.counters.count(Op::Listxattr);
         match self.ask(|tree| tree.xattrs(ino(number))) {
             Ok(attrs) => {
                 let names: Vec<u8> = attrs.iter().flat_map(|(name, _)| [name.as_bytes(), b"\0"].concat()).collect();
@@ -346,18 +382,23 @@ impl Filesystem for Adapter {
 
     // Answered once with ENOSYS, then never asked again.
     fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        self.counters.count(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
+        self.counters.count(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     fn fsync(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.counters.count(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     fn fsyncdir(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.counters.count(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     fn lseek(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _offset: i64, _whence: i32, reply: ReplyLseek) {
+        self.counters.count(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     fn poll(
@@ -370,9 +411,11 @@ impl Filesystem for Adapter {
         _flags: PollFlags,
         reply: ReplyPoll,
     ) {
+        self.counters.count(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     fn bmap(&self, _req: &Request, _ino: INodeNo, _blocksize: u32, _idx: u64, reply: ReplyBmap) {
+        self.counters.count(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     // Not remembered by the kernel: CPython up to 3.13 asks isatty() of every file it opens.
@@ -387,6 +430,7 @@ impl Filesystem for Adapter {
         _out_size: u32,
         reply: ReplyIoctl,
     ) {
+        self.counters.count(Op::Ioctl);
         reply.error(Errno::ENOTTY);
     }
 
@@ -409,6 +453,7 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn mknod(
@@ -421,15 +466,19 @@ impl Filesystem for Adapter {
         _rdev: u32,
         reply: ReplyEntry,
     ) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn mkdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _mode: u32, _umask: u32, reply: ReplyEntry) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn unlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn symlink(
@@ -440,6 +489,7 @@ impl Filesystem for Adapter {
         _target: &std::path::Path,
         reply: ReplyEntry,
     ) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn rename(
@@ -452,9 +502,11 @@ impl Filesystem for Adapter {
         _flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn link(&self, _req: &Request, _ino: INodeNo, _newparent: INodeNo, _newname: &OsStr, reply: ReplyEntry) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn write(
@@ -469,6 +521,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn create(
@@ -481,6 +534,7 @@ impl Filesystem for Adapter {
         _flags: i32,
         reply: ReplyCreate,
     ) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn setxattr(
@@ -493,9 +547,11 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn fallocate(
@@ -508,6 +564,7 @@ impl Filesystem for Adapter {
         _mode: i32,
         reply: ReplyEmpty,
     ) {
+        self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
     }
 }

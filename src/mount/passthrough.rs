@@ -6,6 +6,7 @@
 //! given instead; but never beside a passthrough one, because the kernel answers a mixture with EIO.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -89,6 +90,8 @@ fn is_lasting(error: &io::Error) -> bool {
 #[derive(Debug, Default)]
 pub(super) struct Passthrough {
     enabled: AtomicBool,
+    /// Why it is not enabled, or not any more.
+    why_not: Mutex<Option<NoPassthrough>>,
     open: Mutex<HashMap<Ino, Handles<Arc<BackingId>>>>,
 }
 
@@ -96,6 +99,48 @@ pub(super) struct Passthrough {
 pub(super) enum Mode {
     Cached(FileHandle),
     Passed(FileHandle, Arc<BackingId>),
+}
+
+/// Why the kernel does not read large files straight from the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoPassthrough {
+    /// The user wants none.
+    SwitchedOff,
+    /// Only root may ask for it.
+    NotRoot,
+    /// The store is on a network or stacked file system.
+    NotLocal,
+    /// The kernel does not offer it.
+    Kernel,
+    /// The kernel refused it for every file, with this error.
+    Refused(String),
+}
+
+impl fmt::Display for NoPassthrough {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NoPassthrough::SwitchedOff => f.write_str("switched off (--no-passthrough)"),
+            NoPassthrough::NotRoot => f.write_str("only a mount made by root has it"),
+            NoPassthrough::NotLocal => {
+                f.write_str("the store is not on a local file system that has it (ext4, xfs, btrfs, tmpfs)")
+            }
+            NoPassthrough::Kernel => f.write_str("this kernel does not offer it (Linux 6.9 and later do)"),
+            NoPassthrough::Refused(error) => write!(f, "the kernel refused it: {error}"),
+        }
+    }
+}
+
+/// What keeps a mount of `store` by this process from passthrough, but for the kernel, which tells only a mount.
+pub fn obstacle(store: &Store, wanted: bool) -> Option<NoPassthrough> {
+    if !wanted {
+        Some(NoPassthrough::SwitchedOff)
+    } else if !super::attach::is_root() {
+        Some(NoPassthrough::NotRoot)
+    } else if !is_local(store) {
+        Some(NoPassthrough::NotLocal)
+    } else {
+        None
+    }
 }
 
 /// True when the files of `store` lie on a file system that passthrough is tried with.
@@ -113,6 +158,18 @@ impl Passthrough {
         self.enabled.load(Ordering::Relaxed)
     }
 
+    /// Called when it is not to be had, or not any more.
+    pub(super) fn disable(&self, why: NoPassthrough) {
+        self.enabled.store(false, Ordering::Relaxed);
+        *self.why_not.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+    }
+
+    /// None when it is enabled.
+    pub(super) fn why_not(&self) -> Option<NoPassthrough> {
+        let why = self.why_not.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        why.or_else(|| (!self.is_enabled()).then_some(NoPassthrough::Kernel))
+    }
+
     /// Chooses how `ino`, which is all of `file`, is opened, and counts the handle.
     pub(super) fn open(&self, ino: Ino, file: &File, size: u64, reply: &ReplyOpen) -> Mode {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
@@ -128,7 +185,7 @@ impl Passthrough {
         match reply.open_backing(file) {
             Ok(backing) => Some(Arc::new(backing)),
             Err(error) if is_lasting(&error) => {
-                self.enabled.store(false, Ordering::Relaxed);
+                self.disable(NoPassthrough::Refused(error.to_string()));
                 tracing::info!(%error, "large files are served without passthrough");
                 None
             }

@@ -31,6 +31,8 @@ pub struct MountInfo {
     pub dev: (u32, u32),
     /// The kernel's number of the mount.
     pub id: u32,
+    /// User and group that mounted it.
+    pub owner: Option<(u32, u32)>,
 }
 
 /// Every mount of ours that this process sees, bind mounts included and trials not, in the order they were mounted.
@@ -60,12 +62,14 @@ pub(super) fn of_this_program(line: &MountLine) -> Option<MountInfo> {
 fn with_source(line: &MountLine, source: &str) -> Option<MountInfo> {
     let path = |bytes: &[u8]| PathBuf::from(OsString::from_vec(bytes.to_vec()));
     let store = line.source.strip_prefix(source.as_bytes()).filter(|_| line.fs_type == FS_TYPE)?;
+    let number = |name: &str| line.options.split(',').find_map(|option| option.strip_prefix(name)?.parse().ok());
     Some(MountInfo {
         mount_point: line.mount_point_path(),
         store: path(store),
         root: path(&line.root),
         dev: line.dev,
         id: line.id,
+        owner: number("user_id=").zip(number("group_id=")),
     })
 }
 

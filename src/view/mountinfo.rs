@@ -33,6 +33,8 @@ pub struct MountLine {
     pub fs_type: String,
     /// Source, whatever the file system put there.
     pub source: Vec<u8>,
+    /// Options of the file system, `rw,user_id=0,group_id=0`.
+    pub options: String,
 }
 
 impl MountLine {
@@ -69,7 +71,8 @@ fn parse_line(line: &[u8]) -> Option<MountLine> {
     let mut rest = fields.skip_while(|field| *field != b"-").skip(1);
     let fs_type = String::from_utf8_lossy(rest.next()?).into_owned();
     let source = unescape(rest.next().unwrap_or_default());
-    Some(MountLine { id, parent, dev, root, mount_point, fs_type, source })
+    let options = String::from_utf8_lossy(rest.next().unwrap_or_default()).into_owned();
+    Some(MountLine { id, parent, dev, root, mount_point, fs_type, source, options })
 }
 
 /// `\040` is a space; so are tab, newline, backslash and `#` written.

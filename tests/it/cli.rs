@@ -18,6 +18,7 @@ const VERBS: &[&str] = &[
     "rollback",
     "remove",
     "python",
+    "stats",
     "fsck",
     "doctor",
     "completions",
@@ -161,6 +162,53 @@ fn many_runs_at_once_with_nothing_mounted_share_one_mount() {
     let ran = world.output(["run", "demo/hello", "--", "python", "-c", "import six"]);
     check(Command::new("umount").arg("--lazy").arg(&part));
     assert!(umounted.status.success() && ran.status.success(), "{}", text(&ran.stderr));
+}
+
+#[test]
+fn stats_tells_what_a_mount_has_done_and_a_dead_or_stopped_one_is_not_waited_for() {
+    let world = World::new();
+    world.ok(["create", "demo/hello", "six", "--python", &python311()]);
+    let at = world.dir().join("envs");
+    let stderr = world.fails(1, ["stats"]);
+    assert!(stderr.contains("nothing is mounted") && stderr.contains("hint: "), "{stderr}");
+    world.fails(1, ["stats", world.dir().to_str().unwrap()]);
+
+    world.ok(["run", "demo/hello", "--", "python", "-c", "import six"]);
+    let told = world.json(["stats"]);
+    assert_eq!(told["mount_point"], at.to_str().unwrap());
+    assert!(told["requests"]["OPEN"].as_u64().unwrap() > 10, "{told}");
+    assert_eq!(told["requests"]["WRITE"], serde_json::Value::Null);
+    let text_of = world.ok(["stats", at.to_str().unwrap()]);
+    assert!(text_of.contains("\nLOOKUP") && text_of.contains("\npassthrough"), "{text_of}");
+    // Paths are as long as they are, everything else fits a terminal.
+    let fits = |l: &str| l.chars().count() <= 80 || l.starts_with("mount ") || l.starts_with("store ");
+    assert!(text_of.lines().all(fits), "{text_of}");
+
+    let doctor = world.json(["doctor"]);
+    let check = |name: &str| doctor["checks"].as_array().unwrap().iter().find(|c| c["name"] == name).unwrap().clone();
+    let found = check("passthrough")["found"].as_str().unwrap().to_string();
+    assert!(found.contains("used by the mount at"), "{found}");
+    assert_eq!(told["passthrough"]["used"], !found.contains("not used"));
+
+    let pid = nix::unistd::Pid::from_raw(told["pid"].as_i64().unwrap() as i32);
+    let send = |signal| nix::sys::signal::kill(pid, signal).unwrap();
+    send(nix::sys::signal::Signal::SIGSTOP);
+    let start = std::time::Instant::now();
+    let stopped = world.output(["stats"]);
+    send(nix::sys::signal::Signal::SIGCONT);
+    let stderr = text(&stopped.stderr);
+    assert!(stopped.status.code() == Some(1) && stderr.contains("has not answered"), "{stderr}");
+    assert!(start.elapsed() < std::time::Duration::from_secs(30));
+    world.ok(["stats"]);
+
+    send(nix::sys::signal::Signal::SIGKILL);
+    crate::world::until("it is told as dead", std::time::Duration::from_secs(20), || {
+        let output = world.output(["stats"]);
+        output.status.code() == Some(1) && text(&output.stderr).contains("is dead: the process that served it is gone")
+    });
+    world.ok(["mount"]);
+    world.ok(["stats"]);
+    world.ok(["umount"]);
 }
 
 #[test]
