@@ -69,8 +69,8 @@ def _install():
 
     layers = {}  # number of a layer: {directory: its table as bytes}
     tables = {}  # number of a layer, directory: (row, {name: entry})
-    places = {}  # path of a package that was found: number of its layer, directory there
-    found = {}  # path of a source: number of its layer, where in its pack, how long, length of the source
+    places = {}  # path of what may be a package: number of its layer, directory there
+    found = {}  # path of a source: number of its layer, where in its pack, how long, length of the source; () if not there
     threads = {}  # thread: [how many modules are being executed, {number of a layer: (its open pack, device, inode)}]
     nothing = (0, {})
 
@@ -128,6 +128,7 @@ def _install():
                 entry = table(layer, directory)[1][tail]
             kind, row = entry[:2]
             base = path + "/" + tail
+            places[base] = layer, directory + "/" + tail  # if it is a package; who uses it looks at the inode
             if kind == 0:
                 file, cached = base + ".py", "%s/__pycache__/%s.%s.pyc" % (path, tail, tag)
             elif kind == 1:
@@ -135,7 +136,10 @@ def _install():
             elif kind == 2 and entry[2] in suffixes:
                 file, cached = base + entry[2], None
             else:
-                return find_usually(self, fullname, target)
+                spec = find_usually(self, fullname, target)
+                if spec is not None and type(spec.loader) is SourceFileLoader:
+                    found[spec.origin] = ()  # what it imports is in the pack nevertheless
+                return spec
             there = stat(file)
         except (OSError, KeyError, ValueError, EOFError, TypeError):
             return find_usually(self, fullname, target)
@@ -147,12 +151,13 @@ def _install():
         spec._cached = cached
         if kind == 1:
             spec.submodule_search_locations = [base]
-            places[base] = layer, directory + "/" + tail
         if kind != 2:
             found[file] = layer, entry[2], entry[3], there.st_size
         return spec
 
     def code_of(path, where, packs):
+        if not where:
+            return None
         layer, offset, length, source_length = where
         try:
             pack = packs.get(layer)
