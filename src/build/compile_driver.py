@@ -106,6 +106,8 @@ def main():
     # A chunk is what is told of at once.
     size = max(1, CHUNK // together)
     chunks = [runs[i:i + size] for i in range(0, len(runs), size)]
+    # The longest first, so that nobody waits for the last one alone.
+    chunks.sort(key=lambda chunk: -sum(os.path.getsize(job["src"]) for jobs in chunk for job in jobs))
     # Whatever is imported on first use must be there before the first fork.
     compile("# -*- coding: latin-1 -*-\nx = 1\n".encode(), "<warm>", "exec", dont_inherit=True)
     try:
