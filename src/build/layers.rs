@@ -196,27 +196,30 @@ pub(super) fn write_scaffold(store: &Store, stage: &Stage<'_>) -> Result<LayerDo
     LayerWriter::new(store).write(meta, staged)
 }
 
-/// What makes imports from a mount cheaper (see [`crate::view`]): a module, its bytecode, and the line that runs it.
+/// What makes imports from a mount cheaper (see [`crate::view`]): modules, their bytecode, and the line that runs them.
 fn accelerator(stage: &Stage<'_>) -> Result<Vec<Staged>> {
-    const NAME: &str = "_envfabric";
+    const MODULES: [(&str, &str); 2] = [
+        ("_envfabric", include_str!("accelerator/_envfabric.py")),
+        ("_envfabric_imports", include_str!("accelerator/_envfabric_imports.py")),
+    ];
     let python = stage.python;
     let site_packages = python.site_packages();
-    let (source, out) = (stage.scratch.join(format!("{NAME}.py")), stage.scratch.join("accelerator"));
-    fs::write(&source, include_str!("imports.py")).at("writing", &source)?;
-    let canonical = format!("/.venv/{site_packages}/{NAME}.py");
-    let jobs: Vec<Job> = Job::new(source.clone(), out.clone(), canonical).into_iter().collect();
+    let (sources, out) = (stage.scratch.join("accelerator"), stage.scratch.join("accelerator-bytecode"));
+    fs::create_dir_all(&sources).at("creating", &sources)?;
+    let file = |name: &str, kind| Staged { path: format!("{site_packages}/{name}").into_bytes(), kind };
+    let line = StagedKind::Bytes { content: b"import _envfabric\n".to_vec(), executable: false };
+    let mut staged = vec![file("_envfabric.pth", line)];
+    let mut jobs = Vec::new();
+    for (name, text) in MODULES {
+        let (name, source) = (format!("{name}.py"), sources.join(format!("{name}.py")));
+        fs::write(&source, text).at("writing", &source)?;
+        jobs.extend(Job::new(source.clone(), out.clone(), format!("/.venv/{site_packages}/{name}")));
+        staged.push(file(&name, StagedKind::File { source, executable: false }));
+    }
     bytecode::compile(stage.executable, python, &jobs, stage.scratch, stage.progress)?;
-    let file = |name: String, kind| Staged { path: format!("{site_packages}/{name}").into_bytes(), kind };
-    let mut staged = vec![
-        file(format!("{NAME}.py"), StagedKind::File { source, executable: false }),
-        file(
-            format!("{NAME}.pth"),
-            StagedKind::Bytes { content: format!("import {NAME}\n").into(), executable: false },
-        ),
-    ];
     for compiled in super::tree::staged(&out)? {
         let name = String::from_utf8_lossy(&compiled.path).into_owned();
-        staged.push(file(format!("__pycache__/{name}"), compiled.kind));
+        staged.push(file(&format!("__pycache__/{name}"), compiled.kind));
     }
     Ok(staged)
 }

@@ -137,11 +137,22 @@ impl Catalog {
 
     /// Shows every row but the root to `look`: directory by directory in order of their numbers, which are above their
     /// parents', and by name within each. Cheaper than [`Catalog::all`] for those who need few of them.
-    pub fn scan(&self, mut look: impl FnMut(Scanned<'_>)) -> Result<()> {
+    pub fn scan(&self, look: impl FnMut(Scanned<'_>)) -> Result<()> {
+        self.scan_where("id > 0", (), look)
+    }
+
+    /// Shows everything directly in `parent` to `look`, by name. Cheaper than [`Catalog::list`].
+    pub fn scan_dir(&self, parent: RowId, look: impl FnMut(Scanned<'_>)) -> Result<()> {
+        self.scan_where("parent = ?1 AND id > 0", (parent,), look)
+    }
+
+    fn scan_where(&self, which: &str, params: impl rusqlite::Params, mut look: impl FnMut(Scanned<'_>)) -> Result<()> {
         let read = |e: rusqlite::Error| self.damaged("cannot be read").with_source(e);
-        let sql = "SELECT parent, id, kind, size, offset, name FROM entry WHERE id > 0 ORDER BY parent, name";
-        let mut statement = self.db.prepare_cached(sql).map_err(read)?;
-        let mut rows = statement.query(()).map_err(read)?;
+        let sql = format!(
+            "SELECT parent, id, kind, size, offset, name, mode, length(target) FROM entry WHERE {which} ORDER BY parent, name"
+        );
+        let mut statement = self.db.prepare_cached(&sql).map_err(read)?;
+        let mut rows = statement.query(params).map_err(read)?;
         while let Some(row) = rows.next().map_err(read)? {
             let number = |at| row.get::<_, u32>(at).ok().filter(|n| *n < self.rows);
             let bytes = |value: i64| u64::try_from(value).map_err(|_| self.damaged("has a negative size or offset"));
@@ -149,12 +160,16 @@ impl Catalog {
                 return Err(self.damaged("has a row number out of range"));
             };
             let kind = match row.get(2).map_err(read)? {
-                0 => ScannedKind::Dir,
+                0 => {
+                    ScannedKind::Dir { subdirs: row.get::<_, u32>(3).map_err(|_| self.damaged("has a bad directory"))? }
+                }
                 1 => ScannedKind::File {
                     size: bytes(row.get(3).map_err(read)?)?,
                     offset: row.get::<_, Option<i64>>(4).map_err(read)?.map(bytes).transpose()?,
+                    executable: row.get::<_, i64>(6).map_err(read)? & 0o111 != 0,
                 },
-                _ => ScannedKind::Symlink,
+                2 => ScannedKind::Symlink { size: bytes(row.get::<_, Option<i64>>(7).map_err(read)?.unwrap_or(0))? },
+                _ => return Err(self.damaged(&format!("has a row {id} of no known kind"))),
             };
             let name = row.get_ref(5).map_err(read)?.as_blob().map_err(|_| self.damaged("has a name that is none"))?;
             if parent >= id || !is_component(name) {
@@ -248,19 +263,27 @@ pub struct Scanned<'a> {
 }
 
 /// What a scanned row is.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScannedKind {
     /// A directory.
-    Dir,
+    Dir {
+        /// How many directories are directly in it.
+        subdirs: u32,
+    },
     /// A regular file.
     File {
         /// Bytes.
         size: u64,
         /// Where in the layer's pack it is, if it is there.
         offset: Option<u64>,
+        /// Mode 0755 instead of 0644.
+        executable: bool,
     },
     /// A symbolic link.
-    Symlink,
+    Symlink {
+        /// Bytes of what it points to.
+        size: u64,
+    },
 }
 
 struct RawRow {

@@ -102,14 +102,14 @@ fn scan(catalog: &Catalog, pyc: &str) -> Result<BTreeMap<RowId, Dir>> {
         };
         let stem = name.split('.').next().unwrap_or(name);
         match row.kind {
-            ScannedKind::Dir => {
+            ScannedKind::Dir { .. } => {
                 dir.subdirs.insert(name.to_string(), row.id);
                 let path = if dir.path.is_empty() { name.to_string() } else { format!("{}/{name}", dir.path) };
                 let unreadable = dir.unreadable;
                 dirs.insert(row.id, Dir { path, unreadable, ..Dir::default() });
             }
-            ScannedKind::Symlink => dir.odd.push(stem.to_string()),
-            ScannedKind::File { size, offset } => {
+            ScannedKind::Symlink { .. } => dir.odd.push(stem.to_string()),
+            ScannedKind::File { size, offset, .. } => {
                 if let Some(module) = name.strip_suffix(pyc) {
                     if let Some(offset) = offset {
                         dir.bytecode.insert(module.to_string(), (offset, size));

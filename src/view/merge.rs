@@ -13,7 +13,7 @@ use super::inode::{Ino, MADE_UP_BIN, Object, Special};
 use super::version::{Layers, Part, VersionView, damaged, gone, more_rows};
 use crate::environment::Digest;
 use crate::error::{Error, Result};
-use crate::store::{Catalog, Node, Row, RowId};
+use crate::store::{Catalog, Node, Row, RowId, ScannedKind};
 
 /// What a directory shows beyond its layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,10 +67,13 @@ pub(super) enum What {
     },
 }
 
+/// A row of a directory: its name, number and kind.
+type Named = (Box<[u8]>, RowId, ScannedKind);
+
 /// What became of one name while layers are looked at, highest first.
 enum Found {
     /// A file or link of the highest layer: lower ones are hidden.
-    Leaf(Part, Row),
+    Leaf(Part, ScannedKind),
     /// Directories, highest first; closed when a lower layer has a file there.
     Dirs { parts: Vec<Part>, subdirs: u32, closed: bool },
 }
@@ -224,8 +227,9 @@ impl Tree {
         }
         let mut entries = match (&*dir.parts, dir.made_up) {
             ([part], MadeUp::Nothing) => {
-                let rows = self.with_catalog(layers.digest(part.ord)?, |catalog| catalog.list(part.row))?;
-                rows.into_iter().map(|row| self.entry_of_row(view, layers, part.ord, row)).collect::<Result<_>>()?
+                let rows = self.scan_dir(layers, *part)?;
+                let entry = |(name, row, kind)| self.entry(view, layers, Part { ord: part.ord, row }, name, kind);
+                rows.into_iter().map(entry).collect::<Result<_>>()?
             }
             _ => self.merged_entries(view, layers, dir)?,
         };
@@ -236,39 +240,51 @@ impl Tree {
         Ok(content)
     }
 
-    fn entry_of_row(&self, view: &VersionView, layers: &Layers, ord: u32, row: Row) -> Result<Entry> {
-        let (ino, what) = match row.node {
-            Node::Dir { subdirs } => {
-                let parts = [Part { ord, row: row.id }].into();
-                (self.dir_ino(view, layers, ord, row.id)?, What::Dir { parts, subdirs: Some(subdirs) })
+    /// Everything that one layer has in a directory: names, row numbers, kinds.
+    fn scan_dir(&self, layers: &Layers, part: Part) -> Result<Vec<Named>> {
+        self.with_catalog(layers.digest(part.ord)?, |catalog| {
+            let mut rows = Vec::new();
+            catalog.scan_dir(part.row, |row| rows.push((row.name.into(), row.id, row.kind)))?;
+            Ok(rows)
+        })
+    }
+
+    fn entry(
+        &self,
+        view: &VersionView,
+        layers: &Layers,
+        part: Part,
+        name: Box<[u8]>,
+        kind: ScannedKind,
+    ) -> Result<Entry> {
+        let leaf = || Ino::encode(Object::Row { layer: layers.slot(part.ord)?, row: part.row });
+        let (ino, what) = match kind {
+            ScannedKind::Dir { subdirs } => {
+                let what = What::Dir { parts: [part].into(), subdirs: Some(subdirs) };
+                (self.dir_ino(view, layers, part.ord, part.row)?, what)
             }
-            Node::File { size, executable, .. } => {
-                (Ino::encode(Object::Row { layer: layers.slot(ord)?, row: row.id })?, What::File { size, executable })
-            }
-            Node::Symlink { target } => {
-                let size = target.len() as u64;
-                (Ino::encode(Object::Row { layer: layers.slot(ord)?, row: row.id })?, What::Symlink { size })
-            }
+            ScannedKind::File { size, executable, .. } => (leaf()?, What::File { size, executable }),
+            ScannedKind::Symlink { size } => (leaf()?, What::Symlink { size }),
         };
-        Ok(Entry { name: row.name.into(), ino, what })
+        Ok(Entry { name, ino, what })
     }
 
     fn merged_entries(&self, view: &VersionView, layers: &Layers, dir: &MergedDir) -> Result<Vec<Entry>> {
-        let mut found: HashMap<Vec<u8>, Found> = HashMap::new();
+        let mut found: HashMap<Box<[u8]>, Found> = HashMap::new();
         for part in dir.parts.iter().rev() {
-            let rows = self.with_catalog(layers.digest(part.ord)?, |catalog| catalog.list(part.row))?;
-            for row in rows {
-                let here = Part { ord: part.ord, row: row.id };
-                match (found.get_mut(&row.name), &row.node) {
-                    (None, Node::Dir { subdirs }) => {
-                        let dirs = Found::Dirs { parts: vec![here], subdirs: *subdirs, closed: false };
-                        found.insert(row.name, dirs);
+            for (name, row, kind) in self.scan_dir(layers, *part)? {
+                let here = Part { ord: part.ord, row };
+                match (found.get_mut(&name), kind) {
+                    (None, ScannedKind::Dir { subdirs }) => {
+                        found.insert(name, Found::Dirs { parts: vec![here], subdirs, closed: false });
                     }
                     (None, _) => {
-                        found.insert(row.name.clone(), Found::Leaf(here, row));
+                        found.insert(name, Found::Leaf(here, kind));
                     }
-                    (Some(Found::Dirs { parts, closed: false, .. }), Node::Dir { .. }) => parts.push(here),
-                    (Some(Found::Dirs { closed, .. }), Node::File { .. } | Node::Symlink { .. }) => *closed = true,
+                    (Some(Found::Dirs { parts, closed: false, .. }), ScannedKind::Dir { .. }) => parts.push(here),
+                    (Some(Found::Dirs { closed, .. }), ScannedKind::File { .. } | ScannedKind::Symlink { .. }) => {
+                        *closed = true;
+                    }
                     (Some(_), _) => {}
                 }
             }
@@ -284,7 +300,7 @@ impl Tree {
         };
         let mut entries = Vec::with_capacity(found.len() + made_up.len() + 1);
         for (name, what) in made_up {
-            found.remove(&name);
+            found.remove(&name[..]);
             entries.push(Entry { name: name.into(), ino: special(view, what)?, what: What::Special(what) });
         }
         if dir.made_up == MadeUp::Venv && !matches!(found.get(&b"bin"[..]), Some(Found::Dirs { .. })) {
@@ -294,12 +310,12 @@ impl Tree {
         }
         for (name, found) in found {
             entries.push(match found {
-                Found::Leaf(part, row) => self.entry_of_row(view, layers, part.ord, row)?,
+                Found::Leaf(part, kind) => self.entry(view, layers, part, name, kind)?,
                 Found::Dirs { mut parts, subdirs, .. } => {
                     parts.reverse();
                     let ino = Ino::encode(Object::Dir { version: view.slot, index: layers.index(parts[0])? })?;
                     let subdirs = Some(subdirs).filter(|_| parts.len() == 1 && dir.made_up == MadeUp::Nothing);
-                    Entry { name: name.into(), ino, what: What::Dir { parts: parts.into(), subdirs } }
+                    Entry { name, ino, what: What::Dir { parts: parts.into(), subdirs } }
                 }
             });
         }

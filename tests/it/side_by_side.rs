@@ -93,8 +93,8 @@ fn allowed(path: &str) -> Option<&'static str> {
         "bin/python" => return Some("bin/python: points into .python instead of the host's interpreter"),
         _ => {}
     }
-    if name.starts_with("_envfabric.") && path.ends_with(&format!("/site-packages/{name}")) {
-        return Some("_envfabric.pth, _envfabric.py: make imports from a mount cheaper");
+    if name.starts_with("_envfabric") && path.ends_with(&format!("/site-packages/{name}")) {
+        return Some("_envfabric.pth, _envfabric*.py: make imports from a mount cheaper");
     }
     let in_dist_info = path.rsplit('/').nth(1).is_some_and(|dir| dir.ends_with(".dist-info"));
     match name {

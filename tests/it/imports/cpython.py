@@ -22,7 +22,7 @@ def unlink(path, *args, **kwargs):
 real, os_helper._unlink = os_helper._unlink, unlink
 import _envfabric
 
-print("active" if _envfabric.active else "plain", flush=True)
+print("active" if _envfabric.start() else "plain", flush=True)
 from test.libregrtest.main import main
 
 sys.argv = ["test", *sys.argv[1:]]

@@ -16,7 +16,7 @@ import warnings
 
 import _envfabric
 
-assert _envfabric.active == (sys.argv[1] == "on"), _envfabric.active
+assert _envfabric.start() == (sys.argv[1] == "on")
 
 
 def files():

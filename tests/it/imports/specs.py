@@ -9,6 +9,10 @@ import pkgutil
 import sys
 import sysconfig
 
+import _envfabric
+
+active = _envfabric.start()
+
 
 def told(spec):
     if spec is None:
@@ -47,6 +51,4 @@ for directory in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), s
     part = {}
     visit(directory, "", part)
     found[directory] = part
-import _envfabric
-
-json.dump({"active": _envfabric.active, "found": found}, sys.stdout)
+json.dump({"active": active, "found": found}, sys.stdout)

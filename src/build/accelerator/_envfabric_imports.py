@@ -1,41 +1,33 @@
 """Imports from a mount of Environment Fabric with fewer questions to it.
 
-Run by `_envfabric.pth` when an interpreter starts. CPython's own finder and loader ask the file system some ten times
-for each module, and what the kernel does not cache (open, close, isatty) goes to the daemon of the mount. Where a
-directory is one of this environment's, which never change, this finds modules in a table of names that the mount makes
-from the environment's catalogs, and reads bytecode from the pack of its layer, which is opened once for many modules.
+CPython's own finder and loader ask the file system some ten times for each module, and what the kernel does not cache
+(open, close, isatty) goes to the daemon of the mount. Where a directory is one of this environment's, which never change,
+this finds modules in a table of names that the mount makes from the environment's catalogs, and reads bytecode from the
+pack of its layer, which is opened once for many modules.
 
 Nothing else changes: finders, loaders, specs and modules are of the types, and have the values, that they have without.
 A module is taken from a pack only if its source file, looked at then, is that very file: same device, same inode. Where
 anything is unusual (an overlay, something mounted over a file, another loader, a patched importlib, a namespace package,
 two wheels with one name) CPython's own code does it.
 
-ENVFABRIC_IMPORTS=off in the environment switches it off.
+`_envfabric` starts it.
 """
 
 import sys
 
-#: True when imports are accelerated in this interpreter.
-active = False
+_watched = []  # a weak reference is of use as long as somebody holds it
 
 
-def _wanted(environment):
-    value = b"" if sys.flags.ignore_environment else environment.get(b"ENVFABRIC_IMPORTS", b"")
-    gil = getattr(sys, "_is_gil_enabled", None)
-    usual = not sys.flags.verbose and not sys.flags.optimize and (gil is None or gil())
-    return usual and value.lower() not in (b"off", b"0", b"no", b"false")
-
-
-def _install():
+def install():
+    """Replaces the finder and the executor of source files; false where this is not a mount that offers packs."""
     import _frozen_importlib as bootstrap
     import _frozen_importlib_external as external
     import _imp
     import marshal
     import posix
     from _thread import get_ident
+    from _weakref import ref
 
-    if not _wanted(posix.environ):
-        return False
     FileFinder, SourceFileLoader = external.FileFinder, external.SourceFileLoader
     ExtensionFileLoader, ModuleSpec = external.ExtensionFileLoader, bootstrap.ModuleSpec
     find_usually, exec_usually = FileFinder.find_spec, external._LoaderBasics.exec_module
@@ -69,7 +61,7 @@ def _install():
 
     layers = {}  # number of a layer: {directory: its table as bytes}
     tables = {}  # number of a layer, directory: (row, {name: entry})
-    places = {}  # path of what may be a package: number of its layer, directory there
+    roots = []  # paths of site-packages and the standard library, with their directory in a layer, and the layer's number
     found = {}  # path of a source: number of its layer, where in its pack, how long, length of the source; () if not there
     threads = {}  # thread: [how many modules are being executed, {number of a layer: (its open pack, device, inode)}]
     nothing = (0, {})
@@ -97,11 +89,28 @@ def _install():
             library = libraries.get(here.st_ino)
             if library is not None:
                 return 0, library, table(0, library)[1], here.st_ino
-            layer, directory = places[finder.path]
-            row, names = table(layer, directory)
+            for root, layer, directory in roots:
+                if finder.path.startswith(root):
+                    below = finder.path[len(root) :]
+                    if layer is None:
+                        layer = site_names[below.partition("/")[0]]
+                    directory += "/" + below
+                    row, names = table(layer, directory)
+                    if layer >= 0 and here.st_ino == dir_bases[layer] + row:
+                        return layer, directory, names, here.st_ino
         except (OSError, KeyError, ValueError, EOFError, TypeError):
-            return None
-        return (layer, directory, names, here.st_ino) if here.st_ino == dir_bases[layer] + row else None
+            pass
+        return None
+
+    for path in sys.path:
+        try:
+            here = stat(path)
+        except (OSError, ValueError, TypeError):
+            continue
+        if here.st_dev == device and here.st_ino == site_ino:
+            roots.append((path + "/", None, site_path))
+        elif here.st_dev == device and here.st_ino in libraries:
+            roots.append((path + "/", 0, libraries[here.st_ino]))
 
     def find_spec(self, fullname, target=None):
         known = self.__dict__
@@ -128,7 +137,6 @@ def _install():
                 entry = table(layer, directory)[1][tail]
             kind, row = entry[:2]
             base = path + "/" + tail
-            places[base] = layer, directory + "/" + tail  # if it is a package; who uses it looks at the inode
             if kind == 0:
                 file, cached = base + ".py", "%s/__pycache__/%s.%s.pyc" % (path, tail, tag)
             elif kind == 1:
@@ -186,6 +194,14 @@ def _install():
         except OSError:
             pass
 
+    def ended(thread, state):
+        """A module has been executed; with the outermost one, packs are closed."""
+        state[0] -= 1
+        if not state[0]:
+            threads.pop(thread, None)
+            for pack in state[1].values():
+                let_go(pack)
+
     def exec_module(self, module):
         loader = type(self)
         where = found.pop(self.path, None) if loader is SourceFileLoader else None
@@ -211,11 +227,19 @@ def _install():
             else:
                 call(exec, code, module.__dict__)
         finally:
-            state[0] -= 1
-            if not state[0]:
-                threads.pop(me, None)
-                for pack in state[1].values():
-                    let_go(pack)
+            ended(me, state)
+
+    # This may run in the middle of an import, with modules being executed that are not counted. The outermost of them
+    # ends when nobody holds its code any more.
+    frame, code = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code is exec_usually.__code__:
+            code = frame.f_locals.get("code")
+        frame = frame.f_back
+    if code is not None:
+        me = get_ident()
+        state = threads[me] = [1, {}]
+        _watched.append(ref(code, lambda _: ended(me, state)))
 
     # To everybody who looks at frames (tracebacks, warnings) these are importlib's own, and are left out like them.
     def as_importlib(function, like):
@@ -227,9 +251,3 @@ def _install():
     FileFinder.find_spec = as_importlib(find_spec, find_usually)
     external._LoaderBasics.exec_module = as_importlib(exec_module, exec_usually)
     return True
-
-
-try:
-    active = _install()
-except Exception:  # an interpreter must start, come what may
-    pass
