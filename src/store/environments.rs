@@ -4,13 +4,19 @@
 //! `current/<seq>.json` likewise; the highest sequence number wins. A builder moves the pointer only forward: each
 //! pointer carries the newest version that any pointer before it named, and a slow builder whose version is older than
 //! that leaves the pointer alone. Going back is for `rollback`, which says so explicitly.
+//!
+//! **Pointer 1 is not written**: `versions/1.json` says by being there what it would say, that version 1 is current.
+//! So most environments, which have one version for ever, cost one file and two directories, and their version is
+//! current the moment it has its name. The next pointer is `2.json`; a `1.json` that is there counts like any other.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{Store, list_dirs, list_names, now, publish, read_json, to_json};
 use crate::environment::{EnvName, VERSION_FORMAT, Version};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
+use std::fs::File;
+use std::io::ErrorKind::{NotADirectory, NotFound};
 use std::path::PathBuf;
 
 /// `current/<seq>.json`: which version is current since when.
@@ -26,7 +32,7 @@ pub struct Pointer {
     pub newest: u64,
     /// When.
     pub at: Timestamp,
-    /// Host that wrote it.
+    /// Host that wrote it; empty where it goes without saying (pointer 1).
     pub by: String,
     /// `create`, `rollback` or `remove`.
     pub reason: String,
@@ -152,12 +158,17 @@ impl Store {
         let dir = self.env_dir(name).join("current");
         let mut tries = 0;
         loop {
-            let Some(mut sequence) = numbers(&dir)?.last().copied() else {
-                self.require_present()?;
-                return Ok(None);
+            let (mut sequence, mut pointer) = match numbers(&dir)?.last().copied() {
+                Some(sequence) => (sequence, self.read_pointer(name, sequence)),
+                None => match self.first_pointer(name)? {
+                    Some(first) => (1, Ok(first)),
+                    None => {
+                        self.require_present()?;
+                        return Ok(None);
+                    }
+                },
             };
             // A cached listing may be old; the next name is asked for directly, which NFS does not answer from it.
-            let mut pointer = self.read_pointer(name, sequence);
             while pointer.is_ok() {
                 match self.read_pointer(name, sequence + 1) {
                     Err(error) if error.is_not_found() => break,
@@ -188,6 +199,25 @@ impl Store {
         Ok(pointer)
     }
 
+    /// Pointer 1 as the first version stands for it.
+    fn first_pointer(&self, name: &EnvName) -> Result<Option<Pointer>> {
+        let path = self.version_path(name, 1);
+        let modified = match File::open(&path).and_then(|file| file.metadata()) {
+            Err(error) if matches!(error.kind(), NotFound | NotADirectory) => return Ok(None),
+            other => other.at("opening", &path)?.modified().at("opening", &path)?,
+        };
+        Ok(Some(Pointer {
+            format: 1,
+            sequence: 1,
+            version: Some(1),
+            newest: 1,
+            at: Timestamp::try_from(modified).unwrap_or(Timestamp::UNIX_EPOCH),
+            by: String::new(),
+            reason: "create".into(),
+            nonce: String::new(),
+        }))
+    }
+
     /// The highest sequence number in use, and the newest pointer that can be read.
     fn last_pointer(&self, name: &EnvName) -> Result<(u64, Option<Pointer>)> {
         let sequences = numbers(&self.env_dir(name).join("current"))?;
@@ -195,6 +225,7 @@ impl Store {
             Ok(pointer) => Ok((pointer.as_ref().map_or(0, |p| p.sequence), pointer)),
             Err(error) if error.kind() == Kind::Corrupt => {
                 let older = sequences.iter().rev().find_map(|sequence| self.read_pointer(name, *sequence).ok());
+                let older = older.map_or_else(|| self.first_pointer(name), |older| Ok(Some(older)))?;
                 Ok((sequences.last().copied().unwrap_or(0), older))
             }
             Err(error) => Err(error),
@@ -234,10 +265,11 @@ impl Store {
         }
         match self.point(&name, Some(number), "create")? {
             Some(_) => Ok(Claimed::Current(draft)),
-            None => {
-                let newest = self.pointer(&name)?.map_or(number, |p| p.newest);
-                Ok(Claimed::Superseded(draft, newest))
-            }
+            None => match self.pointer(&name)? {
+                // The first version needs no pointer.
+                Some(pointer) if pointer.version == Some(number) => Ok(Claimed::Current(draft)),
+                pointer => Ok(Claimed::Superseded(draft, pointer.map_or(number, |p| p.newest))),
+            },
         }
     }
 
@@ -245,7 +277,10 @@ impl Store {
     pub fn last_current(&self, name: &EnvName) -> Result<Option<u64>> {
         let sequences = numbers(&self.env_dir(name).join("current"))?;
         let versions = sequences.into_iter().rev().map(|sequence| self.read_pointer(name, sequence));
-        Ok(versions.flatten().find_map(|pointer| pointer.version))
+        match versions.flatten().find_map(|pointer| pointer.version) {
+            None => Ok(self.first_pointer(name)?.and_then(|first| first.version)),
+            last => Ok(last),
+        }
     }
 
     /// Makes version `number` current, whatever is now.
@@ -363,6 +398,48 @@ pub(crate) mod tests {
         assert_eq!(store.publish_version(draft("demo/a")).unwrap().version().number, 3);
         assert_eq!(store.current(&name).unwrap().number, 3);
         assert!(store.rollback(&name, 9).unwrap_err().is_not_found());
+    }
+
+    #[test]
+    fn a_version_of_160_layers_is_one_new_file_of_less_than_16_kilobytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(dir.path()).unwrap();
+        let layers = (0..160u32).map(|n| Digest::of(&n.to_be_bytes())).collect();
+        store.publish_version(Version { layers, ..draft("demo/a") }).unwrap();
+        let name: EnvName = "demo/a".parse().unwrap();
+        let entries = |path: PathBuf| list_names(&path).unwrap();
+        assert_eq!(entries(store.env_dir(&name)), ["versions"]);
+        assert_eq!(entries(store.env_dir(&name).join("versions")), ["1.json"]);
+        assert!(entries(store.tmp()).is_empty());
+        assert!(std::fs::metadata(store.version_path(&name, 1)).unwrap().len() <= 16_000);
+    }
+
+    #[test]
+    fn the_first_version_is_current_without_a_pointer_and_the_next_pointer_is_the_second() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(dir.path()).unwrap();
+        let name: EnvName = "demo/a".parse().unwrap();
+        let pointers = || numbers(&store.env_dir(&name).join("current")).unwrap();
+        assert_eq!(store.pointer(&name).unwrap(), None);
+        assert!(matches!(store.publish_version(draft("demo/a")).unwrap(), Claimed::Current(v) if v.number == 1));
+        assert_eq!((store.current(&name).unwrap().number, pointers()), (1, vec![]));
+        assert_eq!(store.last_current(&name).unwrap(), Some(1));
+        // A builder that claimed its number before the first was there.
+        let second = Version { number: 2, ..draft("demo/a") };
+        publish::bytes(dir.path(), &store.version_path(&name, 2), &to_json(&second).unwrap()).unwrap();
+        assert_eq!(store.current(&name).unwrap().number, 1);
+        assert_eq!(store.point(&name, Some(2), "create").unwrap().unwrap().sequence, 2);
+        assert_eq!((store.current(&name).unwrap().number, pointers()), (2, vec![2]));
+        store.remove(&name).unwrap();
+        assert!(store.current(&name).unwrap_err().is_not_found());
+        assert_eq!(store.rollback(&name, 1).unwrap().sequence, 4);
+        // Where pointer 1 is written, as it once was, it counts.
+        let other: EnvName = "demo/b".parse().unwrap();
+        store.publish_version(draft("demo/b")).unwrap();
+        let first = store.pointer(&other).unwrap().unwrap();
+        publish::bytes(dir.path(), &store.pointer_path(&other, 1), &to_json(&first).unwrap()).unwrap();
+        assert_eq!(store.pointer(&other).unwrap(), Some(first));
+        assert_eq!(store.remove(&other).unwrap().sequence, 2);
     }
 
     #[test]

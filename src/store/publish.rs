@@ -68,9 +68,18 @@ impl Temporary {
     /// False when `target` exists already as another file.
     pub(super) fn link(&self, target: &Path) -> Result<bool> {
         self.file.set_permissions(fs::Permissions::from_mode(0o444)).at("setting the mode of", &self.path)?;
-        self.file.sync_all().at("syncing", &self.path)?;
         let parent = target.parent().unwrap_or(Path::new("/"));
-        let mut made_parent = false;
+        let mut made_parent = !parent.exists();
+        if made_parent {
+            // The disk is waited for once, not for one after the other.
+            std::thread::scope(|scope| {
+                let made = scope.spawn(|| make_dirs(parent));
+                self.file.sync_all().at("syncing", &self.path)?;
+                made.join().unwrap_or_else(|_| make_dirs(parent))
+            })?;
+        } else {
+            self.file.sync_all().at("syncing", &self.path)?;
+        }
         let error = loop {
             match fs::hard_link(&self.path, target) {
                 Ok(()) => {
