@@ -26,6 +26,7 @@ mod ingest;
 mod layers;
 mod limits;
 mod metadata;
+mod plan;
 mod probe;
 mod progress;
 mod python;
@@ -45,7 +46,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::environment::lock::{Package, Target};
-use crate::environment::{Builder, Conflict, Digest, Document, EnvName, InterpreterRef, VERSION_FORMAT, Version};
+use crate::environment::{Builder, Conflict, Digest, EnvName, InterpreterRef, VERSION_FORMAT, Version};
 use crate::error::{Error, Kind, Result};
 use crate::store::{Claimed, Index, LayerDoc, Store, StoredInterpreter, host, now};
 
@@ -53,6 +54,7 @@ pub use progress::{Event, PackageState, Progress, Silent, Step};
 pub use uv::Uv;
 pub use validate::run_trial;
 
+use plan::{Parts, Plan};
 use scratch::Scratch;
 use stage::Stage;
 use validate::check_requirements;
@@ -226,7 +228,7 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
     let lock = format!("env-{}", Digest::of(format!("{} {name}", context.store.fabric().id).as_bytes()).short());
     let _lock = scratch::lock(&context.state, [lock], waiting)?;
 
-    let opened = source::open(request)?;
+    let opened = source::open(request, |text| Plan::pylock(context, text))?;
     let asked = request.python.clone().or_else(|| opened.python.clone());
     let interpreter = python::resolve(context, asked.as_deref(), opened.requires_python.as_deref())?;
     if let Some(platform) = &request.platform {
@@ -240,18 +242,27 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
         Ok(cell.get().map_or_else(|| context.scratch.clone(), |s| s.path().to_path_buf()))
     };
     let executable = || python::runnable(context, &interpreter);
-    let resolved = opened.resolve(context, request, &executable, &scratch)?;
-    let packages = resolved.lock.select(&interpreter.python, &resolved.choice)?;
-    let work = Work { context, request, interpreter: &interpreter, base: &resolved.base, index: &resolved.index };
-    let (digests, installed) = work.layers(&packages, &executable, &scratch)?;
-    let layers = context.index.layers(context.store, &digests)?;
-
-    let document = |name: &str, text: &str| Document {
-        name: name.to_string(),
-        blob: Digest::of(text.as_bytes()),
-        size: text.len() as u64,
+    let slot = Plan::slot(&opened, request, &interpreter);
+    let (parts, installed) = match slot.as_ref().and_then(|slot| slot.find(context)) {
+        Some(known) => {
+            let count = known.plan.layers.len();
+            context.progress.event(&Event::Planned { packages: count, known: count });
+            (known, 0)
+        }
+        None => {
+            let resolved = opened.resolve(context, request, &executable, &scratch)?;
+            let packages = resolved.lock.select(&interpreter.python, &resolved.choice)?;
+            let work =
+                Work { context, request, interpreter: &interpreter, base: &resolved.base, index: &resolved.index };
+            let (digests, keyed, installed) = work.layers(&packages, &executable, &scratch)?;
+            let parts = Parts::of(context, &resolved, digests)?;
+            if let Some(slot) = slot.filter(|_| keyed) {
+                slot.keep(context, &parts.plan)?;
+            }
+            (parts, installed)
+        }
     };
-    let (lock_name, lock_text) = &resolved.document;
+    let Parts { plan, layers, source } = parts;
     let draft = Version {
         format: VERSION_FORMAT,
         environment: name.clone(),
@@ -263,16 +274,16 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
             executable: interpreter.python.executable.clone(),
         },
         scaffold: interpreter.scaffold,
-        layers: digests,
-        lock: Some(document(lock_name, lock_text)),
-        pyproject: resolved.pyproject.as_ref().map(|text| document("pyproject.toml", text)),
-        source: resolved.source,
+        layers: plan.layers,
+        lock: Some(plan.lock),
+        pyproject: plan.pyproject,
+        source,
         builder: Builder {
             envfabric: env!("CARGO_PKG_VERSION").into(),
             uv: context.uv.version_if_used(),
             host: host(),
         },
-        conflicts: conflicts::find(context, &layers)?,
+        conflicts: plan.conflicts,
         nonce: String::new(),
     };
     let created = |version, outcome| Created {
@@ -282,10 +293,6 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
         layers: layers.clone(),
         installed,
     };
-    // Before a version that is current already is found to do: its documents may have been lost.
-    for text in [Some(lock_text), resolved.pyproject.as_ref()].into_iter().flatten() {
-        context.store.ensure_blob(text.as_bytes())?;
-    }
     match context.store.current(name) {
         Ok(current) if current.same_content(&draft) => return Ok(created(current, Outcome::Unchanged)),
         // A current version that cannot be read is no reason not to publish one that can.
@@ -327,6 +334,11 @@ fn validate(
     interpreter: &StoredInterpreter,
 ) -> Result<()> {
     context.progress.event(&Event::Step(Step::Validating));
+    let note = validate::proof_note(draft);
+    // What was started was checked before.
+    if context.trial.is_some() && context.index.note(&note)?.is_some() {
+        return Ok(());
+    }
     let problems = check_requirements(layers, &interpreter.python)?;
     if !problems.is_empty() {
         let count = problems.len();
@@ -338,10 +350,6 @@ fn validate(
         .hint("correct the requirements or the lock, or publish it as it is with --no-validate"));
     }
     let Some(trial) = context.trial else { return Ok(()) };
-    let note = validate::proof_note(draft);
-    if context.index.note(&note)?.is_some() {
-        return Ok(());
-    }
     trial(draft, layers).map_err(|error| match error.kind() {
         Kind::Unsupported | Kind::Os(libc::EPERM) => {
             let first = "publish it without this check with --no-validate";
@@ -363,13 +371,14 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// A layer for each of `packages`, in order, and how many were made now.
+    /// A layer for each of `packages`, in order; whether all have keys, so that the same lock finds the same again; and
+    /// how many were made now.
     fn layers(
         &self,
         packages: &[&Package],
         executable: &dyn Fn() -> Result<PathBuf>,
         scratch: &dyn Fn() -> Result<PathBuf>,
-    ) -> Result<(Vec<Digest>, usize)> {
+    ) -> Result<(Vec<Digest>, bool, usize)> {
         let (context, request) = (self.context, self.request);
         let python = &self.interpreter.python;
         let libc = python::host_libc(python);
@@ -410,7 +419,7 @@ impl Work<'_> {
                 }
             }
         }
-        Ok((found.into_iter().flatten().collect(), installed))
+        Ok((found.into_iter().flatten().collect(), keys.iter().all(Option::is_some), installed))
     }
 
     fn install(&self, packages: &[&Package], executable: &Path, scratch: &Path) -> Result<Vec<LayerDoc>> {

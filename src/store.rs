@@ -10,7 +10,7 @@
 //!   keys/<aa>/<sha256>.json                  lock entry + ABI -> layer digest
 //!   interpreters/<name>.json                 a Python that environments can run on
 //!   envs/<workflow>/<node>/versions/<n>.json immutable version documents
-//!   envs/<workflow>/<node>/current/<seq>.json which version is current; the highest sequence number wins
+//!   envs/<workflow>/<node>/current/<seq>.json which version is current; the highest sequence number wins; from 2 on
 //!   tmp/                                     files that are being written
 //! ```
 //!
@@ -34,6 +34,7 @@ mod row;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -49,7 +50,7 @@ pub use row::{Node, Place, Row, RowId};
 
 use publish::Trust;
 
-use crate::environment::{Digest, Interpreter};
+use crate::environment::{Digest, Document, Interpreter};
 use crate::error::{Error, IoContext, Kind, Result};
 
 /// The store format that this program writes.
@@ -294,6 +295,17 @@ impl Store {
             && blobs.iter().all(|(blob, size)| length(self.blob_path(blob)) == Some(*size))
     }
 
+    /// True when the documents of all `layers` are there.
+    pub(crate) fn has_layers(&self, layers: &[Digest]) -> bool {
+        // The open is what revalidates on NFS.
+        in_parallel(layers, |layer| fs::File::open(self.layer_path(layer)).is_ok()).into_iter().all(|there| there)
+    }
+
+    /// True when the blob of `document` is there, as far as its length tells.
+    pub(crate) fn has_document(&self, document: &Document) -> bool {
+        publish::is_sound(&self.blob_path(&document.blob), document.size, &document.blob, Trust::Length)
+    }
+
     /// The bytes of a blob that is known to be small (a lock, a document), verified.
     pub fn read_blob(&self, digest: &Digest) -> Result<Vec<u8>> {
         let path = self.blob_path(digest);
@@ -407,6 +419,41 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     })
 }
 
+/// How many requests to a distant store are under way at once.
+const REQUESTS: usize = 16;
+
+/// What `ask` says of each of `items`, in their order. Where answers take long, as they do over a network, several are
+/// waited for at once.
+pub(crate) fn in_parallel<T: Sync, R: Send>(items: &[T], ask: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    // A local disk answers from memory within microseconds: threads would cost more than they bring.
+    const TRIED: usize = 16;
+    const SLOW: Duration = Duration::from_micros(50);
+    let begun = Instant::now();
+    let mut answers: Vec<R> = items.iter().take(TRIED).map(&ask).collect();
+    let rest = &items[answers.len()..];
+    let threads = match begun.elapsed() > SLOW * TRIED as u32 {
+        true => REQUESTS,
+        false if rest.len() < 1000 => 1,
+        false => std::thread::available_parallelism().map_or(1, |n| n.get().min(REQUESTS)),
+    };
+    if threads == 1 || rest.is_empty() {
+        answers.extend(rest.iter().map(&ask));
+        return answers;
+    }
+    let parts = rest.chunks(rest.len().div_ceil(threads));
+    let ask = &ask;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = parts.map(|part| scope.spawn(move || part.iter().map(ask).collect::<Vec<R>>())).collect();
+        for thread in threads {
+            match thread.join() {
+                Ok(part) => answers.extend(part),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+    });
+    answers
+}
+
 /// Names in a directory; none when it does not exist, or is something else that somebody has put there.
 fn list_names(dir: &Path) -> Result<Vec<String>> {
     list(dir, |_| true)
@@ -434,4 +481,21 @@ fn list(dir: &Path, keep: impl Fn(&fs::DirEntry) -> bool) -> Result<Vec<String>>
     }
     names.sort();
     Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_come_in_order_however_many_and_slow_they_are() {
+        for (count, pause) in [(0, 0), (5, 100), (100, 100), (5000, 0)] {
+            let items: Vec<u64> = (0..count).collect();
+            let answers = in_parallel(&items, |n| {
+                std::thread::sleep(Duration::from_micros(pause));
+                n * 2
+            });
+            assert_eq!(answers, items.iter().map(|n| n * 2).collect::<Vec<_>>());
+        }
+    }
 }

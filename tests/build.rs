@@ -4,8 +4,9 @@
 
 mod room;
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use envfabric::build::{self, Context, Created, Input, Outcome, Request, Uv};
@@ -60,6 +61,64 @@ fn a_known_lock_on_a_known_interpreter_starts_no_process() {
         request.name = "demo/c".parse().unwrap();
         build::create(&room.context(), &request).unwrap();
     }
+}
+
+/// Path and length of every file below `dir`.
+fn files(dir: &Path) -> BTreeMap<PathBuf, u64> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+        match entry.file_type().unwrap().is_dir() {
+            true => found.extend(files(&entry.path())),
+            false => drop(found.insert(entry.path(), entry.metadata().unwrap().len())),
+        }
+    }
+    found
+}
+
+#[test]
+fn an_environment_of_a_known_lock_adds_at_most_4_files_and_16_kilobytes_to_the_store() {
+    let room = Room::new();
+    let created = room.create(&["six==1.16.0", "idna==3.7"]).unwrap();
+    let lock = room.path("pylock.toml");
+    fs::write(&lock, room.lock_text(&created.version)).unwrap();
+    let mut request = room.request(Input::Lock(lock));
+    for name in ["demo/b", "demo/c", "other/d"] {
+        let before = files(room.store.root());
+        request.name = name.parse().unwrap();
+        build::create(&room.context(), &request).unwrap();
+        let mut added = files(room.store.root());
+        added.retain(|path, _| !before.contains_key(path));
+        assert!(added.len() <= 4 && added.values().sum::<u64>() <= 16_000, "{added:?}");
+    }
+}
+
+#[test]
+fn what_a_lock_came_to_is_believed_only_while_the_store_has_all_of_it() {
+    let room = Room::new();
+    let created = room.create(&["six==1.16.0", "idna==3.7"]).unwrap();
+    let lock = room.path("pylock.toml");
+    fs::write(&lock, room.lock_text(&created.version)).unwrap();
+    let mut request = room.request(Input::Lock(lock.clone()));
+    let create = |name: &str, request: &mut Request| {
+        request.name = name.parse().unwrap();
+        build::create(&room.context(), request).unwrap()
+    };
+    let first = create("demo/b", &mut request);
+    assert_eq!(create("demo/c", &mut request).version.layers, first.version.layers);
+    // A layer and the lock's text are lost: both come back.
+    let (layer, text) = (room.store.layer_path(&first.version.layers[0]), first.version.lock.clone().unwrap());
+    fs::remove_file(&layer).unwrap();
+    fs::remove_file(room.store.blob_path(&text.blob)).unwrap();
+    let again = create("demo/d", &mut request);
+    assert_eq!((again.installed, again.version.lock.as_ref()), (1, Some(&text)));
+    assert_eq!(room.store.read_blob(&text.blob).unwrap().len() as u64, text.size);
+    assert!(layer.exists());
+    // Whatever else it depends on is asked for anew.
+    request.bytecode = false;
+    assert_eq!(create("demo/e", &mut request).installed, 2);
+    request.bytecode = true;
+    fs::write(&lock, room.lock_text(&created.version).replace("idna", "idna-ssl")).unwrap();
+    assert!(build::create(&room.context(), &request).is_err());
 }
 
 #[test]

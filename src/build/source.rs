@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use super::progress::{Event, Step};
@@ -22,6 +23,12 @@ pub(super) struct Opened {
     pub(super) requires_python: Option<String>,
     /// What it asks for as `.python-version`.
     pub(super) python: Option<String>,
+}
+
+/// What has to be known of a `pylock.toml` before an interpreter is chosen.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Pylock {
+    pub(super) requires_python: Option<String>,
 }
 
 enum Opening {
@@ -46,8 +53,24 @@ pub(super) struct Resolved {
     pub(super) source: Source,
 }
 
-/// Reads what `request` names; starts nothing.
-pub(super) fn open(request: &Request) -> Result<Opened> {
+impl Opened {
+    /// The text of a `pylock.toml`, which alone decides what is in it.
+    pub(super) fn pylock(&self) -> Option<&str> {
+        match &self.kind {
+            Opening::Pylock { text, .. } => Some(text),
+            _ => None,
+        }
+    }
+
+    /// What a version says of a `pylock.toml` that was taken for `request`.
+    pub(super) fn pylock_source(&self, request: &Request) -> Option<Source> {
+        let Opening::Pylock { path, .. } = &self.kind else { return None };
+        Some(Source::Lock { file: file_name(path), extras: request.extras.clone(), groups: request.groups.clone() })
+    }
+}
+
+/// Reads what `request` names; starts nothing. `known` tells what a lock is that was read before, by its text.
+pub(super) fn open(request: &Request, known: impl FnOnce(&str) -> Option<Pylock>) -> Result<Opened> {
     match &request.input {
         Input::Requirements { files, constraints, .. } => {
             for file in files.iter().chain(constraints) {
@@ -84,6 +107,9 @@ pub(super) fn open(request: &Request) -> Result<Opened> {
         Input::Lock(path) => {
             let path = std::path::absolute(path).at("finding", path)?;
             let text = read(&path)?;
+            if let Some(Pylock { requires_python }) = known(&text) {
+                return Ok(Opened { kind: Opening::Pylock { path, text }, requires_python, python: None });
+            }
             let requires_python = requires_python(&text);
             let table: Table = toml::from_str(&text).map_err(|error| {
                 Error::new(Kind::Invalid, format!("{} is no TOML document", path.display()))

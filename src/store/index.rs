@@ -85,6 +85,8 @@ impl Index {
         }
         {
             let db = self.db();
+            // One look at the database instead of one per layer.
+            let _reading = db.unchecked_transaction().map_err(|e| self.told(e))?;
             let mut select = db.prepare_cached("SELECT doc FROM layer WHERE digest = ?1").map_err(|e| self.told(e))?;
             for digest in layers {
                 if found.contains_key(digest) {
@@ -202,10 +204,15 @@ fn open(path: &Path) -> Result<Connection, rusqlite::Error> {
 fn prepare(db: Connection) -> Result<Connection, rusqlite::Error> {
     db.pragma_update(None, "journal_mode", "WAL")?;
     db.pragma_update(None, "synchronous", "NORMAL")?;
+    let format = |db: &Connection| db.pragma_query_value(None, "user_version", |r| r.get::<_, i64>(0));
+    if format(&db)? == INDEX_FORMAT {
+        // Nothing to make, so nobody has to wait for anybody.
+        db.query_row("SELECT count(*) FROM note WHERE name = ''", [], |_| Ok(()))?;
+        return Ok(db);
+    }
     // Looked at inside the transaction: of two that begin at once, the second finds the first one's tables.
     db.execute_batch("BEGIN IMMEDIATE")?;
-    let format: i64 = db.pragma_query_value(None, "user_version", |r| r.get(0))?;
-    if format != INDEX_FORMAT {
+    if format(&db)? != INDEX_FORMAT {
         db.execute_batch(
             "DROP TABLE IF EXISTS layer; DROP TABLE IF EXISTS key; DROP TABLE IF EXISTS note;
              CREATE TABLE layer (digest BLOB PRIMARY KEY, doc TEXT NOT NULL) WITHOUT ROWID;
