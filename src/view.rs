@@ -60,6 +60,8 @@ use version::{Layers, VersionView, damaged, gone};
 const CATALOGS_MAX: usize = 256;
 /// Names in listings that are kept, over all directories.
 const NAMES_MAX: usize = 500_000;
+/// Listings of directories outside versions that are kept.
+const MOVING_MAX: usize = 16;
 /// Directories whose parts are kept.
 const DIRS_MAX: usize = 32_768;
 /// Files whose place is kept.
@@ -175,12 +177,17 @@ pub struct Tree {
     catalogs: Lru<Digest, Arc<Mutex<Catalog>>>,
     dirs: Lru<(u32, u32), Arc<MergedDir>>,
     contents: Lru<Ino, Arc<Content>>,
+    /// Names and entries of directories outside versions.
+    moving: Lru<Ino, NamedEntries>,
     locations: Lru<Ino, Location>,
     imports: Lru<Ino, Arc<[u8]>>,
     offer_imports: bool,
     objects: Objects,
     told: Mutex<HashSet<String>>,
 }
+
+/// Names as [`Names`] tells them, and the entries made of them.
+type NamedEntries = (Arc<Vec<String>>, Arc<Vec<DirEntry>>);
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum NameKey {
@@ -213,6 +220,7 @@ impl Tree {
             catalogs: Lru::new(CATALOGS_MAX),
             dirs: Lru::new(DIRS_MAX),
             contents: Lru::single(NAMES_MAX),
+            moving: Lru::single(MOVING_MAX),
             locations: Lru::new(LOCATIONS_MAX),
             imports: Lru::single(IMPORTS_BYTES_MAX),
             offer_imports: true,
@@ -396,8 +404,16 @@ impl Tree {
         let ino = Ino::encode(Object::Name { slot })?;
         match self.name_slots.key(slot).ok_or_else(gone)? {
             NameKey::Workflow(workflow) => {
-                let known = self.names.nodes(&workflow, age)?;
-                Ok(moving_dir(ino, known.value.len(), known.mtime))
+                let known = match age {
+                    Age::Any => self.names.nodes_if_read(&workflow)?,
+                    age => Some(self.names.nodes(&workflow, age)?),
+                };
+                Ok(match known {
+                    Some(known) => moving_dir(ino, known.value.len(), known.mtime),
+                    // The way to one environment does not wait until thousands are counted: one link means, as on some
+                    // other file systems, that subdirectories are not counted.
+                    None => Attr { nlink: 1, ..moving_dir(ino, 0, self.names.begun()) },
+                })
             }
             // A removed one that somebody stands in keeps its last time.
             NameKey::Node(env) => {
@@ -424,7 +440,7 @@ impl Tree {
             Special::Imports => Ok(lasting_dir(ino, 0, view.created())),
             Special::ImportsIndex => Ok(file(self.imports_bytes(ino)?.len() as u64)),
             Special::Config => Ok(file(CONFIG_SIZE as u64)),
-            Special::Metadata => Ok(file(view.metadata(&*self.layers(view)?)?.len() as u64)),
+            Special::Metadata => Ok(file(view.metadata_size(&*self.layers(view)?)?)),
             Special::Lock | Special::Project => Ok(file(view.document(special).ok_or_else(gone)?.size)),
             link => {
                 let size = view.link_target(link).ok_or_else(gone)?.len() as u64;

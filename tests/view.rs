@@ -469,3 +469,46 @@ fn who_lists_a_directory_in_parts_meets_every_name_once_while_others_come_and_go
         assert!(met.contains(name), "{name} is missing in {met:?}");
     }
 }
+
+#[test]
+fn the_way_to_one_environment_waits_for_no_others() {
+    let fixture = Fixture::new();
+    for name in 0..70 {
+        fixture.publish(&format!("demo/n{name}"), vec![]);
+    }
+    let tree = Tree::new(fixture.store.clone(), fixture.index.clone());
+    let before = find(&tree, "demo").unwrap();
+    assert!(find(&tree, "demo/n3/.versions/1").is_some());
+    assert_eq!((before.nlink, find(&tree, "demo").unwrap()), (1, before));
+    // Nobody has waited for that, and it is done a moment later; nothing has changed by it.
+    tree.refresh();
+    let after = find(&tree, "demo").unwrap();
+    assert_eq!((after.nlink, after.mtime), (2 + 70, before.mtime));
+    fixture.publish("demo/d", vec![]);
+    std::thread::sleep(envfabric::view::FRESH);
+    tree.refresh();
+    let grown = find(&tree, "demo").unwrap();
+    assert_eq!((grown.nlink, grown.mtime > before.mtime), (2 + 71, true));
+}
+
+#[test]
+fn a_pointer_that_was_seen_is_never_followed_by_an_older_one() {
+    let fixture = Fixture::new();
+    for _ in 0..3 {
+        fixture.publish("demo/a", vec![]);
+    }
+    let tree = Tree::new(fixture.store.clone(), fixture.index.clone());
+    let node = find(&tree, "demo/a").unwrap().ino;
+    let current = || {
+        std::thread::sleep(envfabric::view::FRESH * 2);
+        let link = tree.lookup(node, b".venv").unwrap().unwrap();
+        String::from_utf8(tree.readlink(link.ino).unwrap().to_vec()).unwrap()
+    };
+    assert_eq!(current(), ".versions/3/.venv");
+    let pointers = fixture.store.root().join("envs/demo/a/current");
+    std::fs::rename(&pointers, pointers.with_file_name("aside")).unwrap();
+    assert_eq!(current(), ".versions/3/.venv");
+    std::fs::rename(pointers.with_file_name("aside"), &pointers).unwrap();
+    fixture.store.rollback(&fixture.name("demo/a"), 1).unwrap();
+    assert_eq!(current(), ".versions/1/.venv");
+}

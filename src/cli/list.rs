@@ -1,14 +1,15 @@
 //! `envfabric list`
 
+use std::collections::{HashMap, HashSet};
 use std::process::ExitCode;
 
 use serde::Serialize;
 
 use super::Context;
 use super::output::{bytes, table, time};
-use crate::environment::EnvName;
+use crate::environment::{Digest, EnvName, Version};
 use crate::error::Result;
-use crate::store::Store;
+use crate::store::{Index, Store};
 
 /// List environments
 #[derive(Debug, clap::Args)]
@@ -31,6 +32,26 @@ struct Line {
     error: Option<String>,
 }
 
+/// Bytes of layers; thousands of environments share hundreds of them.
+struct Sizes(HashMap<Digest, u64>);
+
+impl Sizes {
+    fn of<'a>(store: &Store, index: &Index, versions: impl Iterator<Item = &'a Version>) -> Sizes {
+        let layers: HashSet<Digest> = versions.flat_map(|version| version.layers.iter().copied()).collect();
+        let layers: Vec<Digest> = layers.into_iter().collect();
+        // Where one is damaged, each version is asked for alone.
+        let docs = index.layers(store, &layers).unwrap_or_default();
+        Sizes(docs.iter().map(|doc| (doc.digest, doc.bytes)).collect())
+    }
+
+    fn of_version(&self, store: &Store, index: &Index, version: &Version) -> Result<u64> {
+        match version.layers.iter().map(|layer| self.0.get(layer)).sum::<Option<u64>>() {
+            Some(bytes) => Ok(bytes),
+            None => Ok(index.layers(store, &version.layers)?.iter().map(|layer| layer.bytes).sum()),
+        }
+    }
+}
+
 impl List {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
         let prefix = self.prefix.as_deref().unwrap_or_default();
@@ -46,18 +67,13 @@ impl List {
 
     fn lines(&self, context: &Context, store: &Store, prefix: &str) -> Result<Vec<Line>> {
         let index = context.index(store)?;
-        let mut lines = Vec::new();
-        for (name, pointer) in store.environments()? {
-            if !name.to_string().starts_with(prefix) {
-                continue;
-            }
-            let told = pointer.and_then(|pointer| {
-                let version = store.version(&name, pointer.version.unwrap_or_default())?;
-                let layers = index.layers(store, &version.layers)?;
-                Ok((version, layers.iter().map(|l| l.bytes).sum()))
-            });
-            lines.push(match told {
-                Ok((version, bytes)) => Line {
+        let told =
+            store.each_environment(prefix, |name, pointer| store.version(name, pointer.version.unwrap_or_default()))?;
+        let sizes = Sizes::of(store, &index, told.iter().filter_map(|(_, version)| version.as_ref().ok()));
+        let line = |(name, version): (EnvName, Result<Version>)| {
+            let told = version.and_then(|version| Ok((sizes.of_version(store, &index, &version)?, version)));
+            match told {
+                Ok((bytes, version)) => Line {
                     environment: name,
                     version: Some(version.number),
                     python: Some(version.interpreter.version),
@@ -76,9 +92,9 @@ impl List {
                     created: None,
                     error: Some(error.chain()),
                 },
-            });
-        }
-        Ok(lines)
+            }
+        };
+        Ok(told.into_iter().map(line).collect())
     }
 
     fn print(&self, context: &Context, lines: &[Line], prefix: &str) -> Result<()> {

@@ -12,7 +12,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{Store, list_dirs, list_names, now, publish, read_json, to_json};
+use super::{Store, in_parallel, list_dirs, list_names, now, publish, read_json, to_json};
 use crate::environment::{EnvName, VERSION_FORMAT, Version};
 use crate::error::{Error, IoContext, Kind, Result};
 use std::fs::File;
@@ -97,18 +97,30 @@ impl Store {
     /// Every environment that has a current version, with its pointer, sorted. A pointer that cannot be read is told in
     /// its place: it must not hide the others.
     pub fn environments(&self) -> Result<Vec<(EnvName, Result<Pointer>)>> {
-        let mut found = Vec::new();
-        for workflow in self.workflows()? {
+        self.each_environment("", |_, pointer| Ok(pointer))
+    }
+
+    /// What `ask` says of every environment whose name begins with `prefix` and that has a current version, sorted;
+    /// where its pointer or what `ask` wants cannot be read, the error. Many are asked at once.
+    pub fn each_environment<R: Send>(
+        &self,
+        prefix: &str,
+        ask: impl Fn(&EnvName, Pointer) -> Result<R> + Sync,
+    ) -> Result<Vec<(EnvName, Result<R>)>> {
+        let mut names = Vec::new();
+        let workflow_of = prefix.split('/').next().unwrap_or_default();
+        for workflow in self.workflows()?.into_iter().filter(|workflow| workflow.starts_with(workflow_of)) {
             for node in self.nodes(&workflow)? {
-                let name = EnvName::new(&workflow, &node)?;
-                match self.pointer(&name) {
-                    Ok(Some(pointer)) if pointer.version.is_some() => found.push((name, Ok(pointer))),
-                    Ok(_) => {}
-                    Err(error) => found.push((name, Err(error))),
-                }
+                names.push(EnvName::new(&workflow, &node)?);
             }
         }
-        Ok(found)
+        names.retain(|name| prefix.is_empty() || name.to_string().starts_with(prefix));
+        let told = in_parallel(&names, |name| match self.pointer(name) {
+            Ok(Some(pointer)) if pointer.version.is_some() => Some(ask(name, pointer)),
+            Ok(_) => None,
+            Err(error) => Some(Err(error)),
+        });
+        Ok(names.into_iter().zip(told).filter_map(|(name, told)| Some((name, told?))).collect())
     }
 
     /// The numbers of all published versions, ascending.
@@ -181,6 +193,14 @@ impl Store {
                 Err(error) if error.is_not_found() && tries < 3 => tries += 1,
                 other => return other.map(Some),
             }
+        }
+    }
+
+    /// True unless pointer `sequence` is surely not there; whether that means anything is for [`Store::pointer`] to say.
+    pub(crate) fn may_have_pointer(&self, name: &EnvName, sequence: u64) -> bool {
+        match File::open(self.pointer_path(name, sequence)) {
+            Err(error) => !matches!(error.kind(), NotFound | NotADirectory),
+            Ok(_) => true,
         }
     }
 

@@ -17,13 +17,13 @@ impl Tree {
             }
             Object::Root => {
                 let workflows = self.names.workflows(Age::Fresh)?;
-                Rest::Moving(self.name_entries(&workflows.value, |name| Ok(NameKey::Workflow(name.into())))?)
+                Rest::Moving(self.name_entries(dir, &workflows.value, |name| Ok(NameKey::Workflow(name.into())))?)
             }
             Object::Name { slot } => match self.name_slots.key(slot).ok_or_else(gone)? {
                 NameKey::Workflow(workflow) => {
                     let nodes = self.names.nodes(&workflow, Age::Fresh)?;
                     let key = |node: &str| EnvName::new(&workflow, node).map(NameKey::Node);
-                    Rest::Moving(self.name_entries(&nodes.value, key)?)
+                    Rest::Moving(self.name_entries(dir, &nodes.value, key)?)
                 }
                 NameKey::Node(env) => Rest::Moving(self.node_entries(slot, &env)?),
             },
@@ -67,7 +67,16 @@ impl Tree {
         Ok(Listing { head, rest })
     }
 
-    fn name_entries(&self, names: &[String], key: impl Fn(&str) -> Result<NameKey>) -> Result<Arc<Vec<DirEntry>>> {
+    /// The entries of directory `dir`; those made last are kept, because a long listing is asked for in many parts.
+    fn name_entries(
+        &self,
+        dir: Ino,
+        names: &Arc<Vec<String>>,
+        key: impl Fn(&str) -> Result<NameKey>,
+    ) -> Result<Arc<Vec<DirEntry>>> {
+        if let Some((_, entries)) = self.moving.get(&dir).filter(|(of, _)| Arc::ptr_eq(of, names)) {
+            return Ok(entries);
+        }
         let entry = |name: &String| -> Result<DirEntry> {
             let slot = self.name_slots.ensure(&key(name)?)?;
             let ino = Ino::encode(Object::Name { slot })?;
@@ -75,7 +84,9 @@ impl Tree {
         };
         let mut entries: Vec<_> = names.iter().map(entry).collect::<Result<_>>()?;
         entries.sort_unstable_by_key(|entry| entry.offset);
-        Ok(Arc::new(entries))
+        let entries = Arc::new(entries);
+        self.moving.put(dir, (names.clone(), entries.clone()));
+        Ok(entries)
     }
 
     fn node_entries(&self, slot: u32, env: &EnvName) -> Result<Arc<Vec<DirEntry>>> {
@@ -136,7 +147,12 @@ impl Tree {
                 What::Dir { .. } | What::Special(_) => return self.attr(entry.ino),
             }
         }
-        self.attr(listing.get(at).ok_or_else(gone)?.ino)
+        let entry = listing.get(at).ok_or_else(gone)?;
+        match entry.ino.decode() {
+            // Its pointer was looked at for the listing.
+            Some(Object::Name { slot }) => self.name_attr(slot, Age::Any),
+            _ => self.attr(entry.ino),
+        }
     }
 
     /// The extended attributes of `ino`: names and values.

@@ -18,13 +18,16 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::environment::{EnvName, Version};
 use crate::error::{Error, Kind, Result};
-use crate::store::Store;
+use crate::store::{Store, in_parallel};
 
 /// How long an answer of the store is repeated without asking again.
 pub const FRESH: Duration = Duration::from_millis(250);
 
 /// How long after the last question a name is watched for changes.
 pub const WATCHED: Duration = Duration::from_secs(5);
+
+/// So many nodes of a workflow are looked at before the way to one of them is shown; more are looked at afterwards.
+const WAITED_FOR: usize = 64;
 
 /// A point in time, seconds and nanoseconds since 1970.
 pub type Time = (i64, u32);
@@ -53,7 +56,10 @@ pub(super) struct Known<T> {
 struct Cell<T> {
     value: Arc<T>,
     mtime: Time,
+    /// When it was last seen to be so.
     read: Instant,
+    /// When it was last read as a whole.
+    whole: Instant,
     asked: Instant,
     /// The last reading failed.
     failing: bool,
@@ -81,7 +87,11 @@ impl Outage {
 
 /// Answers by key. A cell's own lock is held while the store is read, so that only those wait who ask for the same.
 #[derive(Debug)]
-struct Cells<K, T>(Mutex<HashMap<K, Arc<Mutex<Cell<T>>>>>);
+struct Cells<K, T> {
+    map: Mutex<HashMap<K, Arc<Mutex<Cell<T>>>>>,
+    /// The first modification time of all directories, where some are shown before they are read.
+    since: Option<Time>,
+}
 
 /// How old an answer may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,11 +127,22 @@ fn is_away<T>(now: &[T], before: Option<&Vec<T>>) -> bool {
 
 impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
     fn new() -> Self {
-        Cells(Mutex::new(HashMap::new()))
+        Cells { map: Mutex::default(), since: None }
+    }
+
+    /// The answer for `key`, where it was read as a whole within `age` and `holds` says that it is the same now.
+    fn confirm(&self, key: &K, age: Duration, holds: impl FnOnce(&T) -> bool) -> Option<Known<T>> {
+        let cell = lock(&self.map).get(key).cloned()?;
+        let mut cell = lock(&cell);
+        if cell.whole.elapsed() >= age || !holds(&cell.value) {
+            return None;
+        }
+        cell.read = Instant::now();
+        Some(Known { value: cell.value.clone(), mtime: cell.mtime })
     }
 
     fn keys_asked_since(&self, since: Instant) -> Vec<K> {
-        let map = lock(&self.0);
+        let map = lock(&self.map);
         let asked = |cell: &Arc<Mutex<Cell<T>>>| cell.try_lock().is_ok_and(|c| c.asked >= since);
         map.iter().filter(|(_, cell)| asked(cell)).map(|(key, _)| key.clone()).collect()
     }
@@ -137,13 +158,20 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
         read: impl FnOnce(Option<&T>) -> Result<Option<T>>,
         changed: impl FnOnce(),
     ) -> Result<Option<Known<T>>> {
-        let cell = lock(&self.0).get(key).cloned();
+        let cell = lock(&self.map).get(key).cloned();
         let Some(cell) = cell else {
             let Some(value) = read(None)? else { return Ok(None) };
             let now = Instant::now();
-            let cell = Cell { value: Arc::new(value), mtime: time_now(), read: now, asked: now, failing: false };
+            let cell = Cell {
+                value: Arc::new(value),
+                mtime: self.since.unwrap_or_else(time_now),
+                read: now,
+                whole: now,
+                asked: now,
+                failing: false,
+            };
             // Whoever came first is kept, so that everyone is told the same time.
-            let kept = lock(&self.0).entry(key.clone()).or_insert_with(|| Arc::new(Mutex::new(cell))).clone();
+            let kept = lock(&self.map).entry(key.clone()).or_insert_with(|| Arc::new(Mutex::new(cell))).clone();
             let kept = lock(&kept);
             return Ok(Some(Known { value: kept.value.clone(), mtime: kept.mtime }));
         };
@@ -174,7 +202,7 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
                     cell.failing = true;
                 }
             }
-            cell.read = Instant::now();
+            (cell.read, cell.whole) = (Instant::now(), Instant::now());
         }
         Ok(Some(Known { value: cell.value.clone(), mtime: cell.mtime }))
     }
@@ -195,6 +223,8 @@ pub(super) struct Env {
 struct Pointed {
     now: Option<u64>,
     last: Option<u64>,
+    /// Of the pointer that said so; only grows.
+    sequence: u64,
 }
 
 #[derive(Debug)]
@@ -217,6 +247,9 @@ pub(super) struct Names {
     used: Mutex<HashSet<EnvName>>,
     changes: Mutex<Vec<NameChange>>,
     outage: Outage,
+    begun: Time,
+    /// Workflows that were shown before their nodes were read.
+    uncounted: Mutex<HashSet<String>>,
     /// When the store was last seen to be itself.
     checked: Mutex<Option<Instant>>,
     /// Environments that could not be read when they were to be listed first, and that was told.
@@ -234,16 +267,19 @@ impl Names {
     }
 
     fn new(source: Source) -> Self {
+        let begun = time_now();
         Names {
             source,
             workflows: Cells::new(),
-            nodes: Cells::new(),
+            nodes: Cells { since: Some(begun), ..Cells::new() },
             pointers: Cells::new(),
             versions: Cells::new(),
             witness: Mutex::default(),
             used: Mutex::default(),
             changes: Mutex::default(),
             outage: Outage::default(),
+            begun,
+            uncounted: Mutex::default(),
             checked: Mutex::new(None),
             unreadable: Mutex::default(),
         }
@@ -258,12 +294,18 @@ impl Names {
 
     /// What changed since the last call.
     pub(super) fn take_changes(&self) -> Vec<NameChange> {
-        std::mem::take(&mut *lock(&self.changes))
+        let mut changes = std::mem::take(&mut *lock(&self.changes));
+        // Who sees a link change finds the version that it leads to.
+        changes.sort_by_key(|change| matches!(change, NameChange::Current(_)));
+        changes
     }
 
     /// Asks the store again for everything that somebody asked for within [`WATCHED`].
     /// False when there was nothing.
     pub(super) fn refresh(&self) -> bool {
+        for workflow in std::mem::take(&mut *lock(&self.uncounted)) {
+            let _ = self.nodes_asked(&workflow, Age::Fresh, false);
+        }
         let Some(since) = Instant::now().checked_sub(WATCHED) else { return true };
         let workflows = self.workflows.keys_asked_since(since);
         let nodes = self.nodes.keys_asked_since(since);
@@ -272,7 +314,7 @@ impl Names {
         // What fails is logged and tried again next time.
         workflows.iter().for_each(|()| drop(self.workflows_asked(Age::Fresh, false)));
         nodes.iter().for_each(|workflow| drop(self.nodes_asked(workflow, Age::Fresh, false)));
-        pointers.iter().for_each(|name| drop(self.env_asked(name, Age::Fresh, false)));
+        in_parallel(&pointers, |name| drop(self.env_asked(name, Age::Fresh, false)));
         versions.iter().for_each(|name| drop(self.versions_asked(name, Age::Fresh, false)));
         !(workflows.is_empty() && nodes.is_empty() && pointers.is_empty() && versions.is_empty())
     }
@@ -315,18 +357,41 @@ impl Names {
         self.nodes_asked(workflow, age, true)
     }
 
+    /// The nodes of `workflow` where they were read before, or where they are few; else none, and [`Names::refresh`] reads
+    /// them: until then its directory has the time [`Names::begun`].
+    pub(super) fn nodes_if_read(&self, workflow: &str) -> Result<Option<Known<Vec<String>>>> {
+        let read = lock(&self.nodes.map).contains_key(workflow);
+        let few = || match &self.source {
+            Source::Draft(_) => Ok(true),
+            Source::Store(store) => store.nodes(workflow).map(|nodes| nodes.len() <= WAITED_FOR),
+        };
+        if read || few()? {
+            return self.nodes(workflow, Age::Any).map(Some);
+        }
+        let mut uncounted = lock(&self.uncounted);
+        if !uncounted.contains(workflow) {
+            uncounted.insert(workflow.into());
+        }
+        Ok(None)
+    }
+
+    /// When these names began: no directory has an earlier time.
+    pub(super) fn begun(&self) -> Time {
+        self.begun
+    }
+
     fn nodes_asked(&self, workflow: &str, age: Age, ask: bool) -> Result<Known<Vec<String>>> {
         let read = |before: Option<&Vec<String>>| {
             Ok(Some(match &self.source {
                 Source::Draft(draft) => vec![draft.environment.node().to_string()],
                 Source::Store(store) => {
-                    let mut names = self.present(store)?.nodes(workflow)?;
+                    let names = self.present(store)?.nodes(workflow)?;
                     if is_away(&names, before) {
                         return Ok(None);
                     }
                     // Not asked on behalf of each node: only the listing is watched.
-                    names.retain(|node| self.is_listed(workflow, node, Age::Fresh, false));
-                    names
+                    let listed = in_parallel(&names, |node| self.is_listed(workflow, node, Age::Fresh, false));
+                    names.into_iter().zip(listed).filter_map(|(name, listed)| listed.then_some(name)).collect()
                 }
             }))
         };
@@ -393,19 +458,36 @@ impl Names {
         let read = |before: Option<&Pointed>| match &self.source {
             Source::Draft(draft) => {
                 let number = Some(draft.number).filter(|_| draft.environment == *name);
-                Ok(number.map(|n| Pointed { now: Some(n), last: Some(n) }))
+                Ok(number.map(|n| Pointed { now: Some(n), last: Some(n), sequence: 1 }))
             }
             Source::Store(store) => {
-                let last = before.and_then(|b| b.last);
-                let now = self.present(store)?.pointer(name)?.map(|pointer| pointer.version);
-                Ok(now.map(|now| Pointed { now, last: now.or(last) }))
+                let Some(pointer) = self.present(store)?.pointer(name)? else { return Ok(None) };
+                // Where a newer one was seen, its directory is away, not the pointer withdrawn.
+                if before.is_some_and(|before| before.sequence > pointer.sequence) {
+                    return Ok(None);
+                }
+                let (now, last) = (pointer.version, before.and_then(|b| b.last));
+                Ok(Some(Pointed { now, last: now.or(last), sequence: pointer.sequence }))
             }
         };
         let changed = || self.note(NameChange::Current(name.clone()));
-        let Some(known) = self.pointers.get(name, age, ask, &self.outage, read, changed)? else { return Ok(None) };
+        let unmoved = if ask { None } else { self.unmoved(name) };
+        let known = match unmoved {
+            None => self.pointers.get(name, age, ask, &self.outage, read, changed)?,
+            known => known,
+        };
+        let Some(known) = known else { return Ok(None) };
         let listed = known.value.now.is_some();
         let current = known.value.last.filter(|_| listed || lock(&self.used).contains(name));
         Ok(current.map(|current| Env { current, listed, mtime: known.mtime }))
+    }
+
+    /// What is known of the pointer of `name`, where it was read within [`WATCHED`] and the next one is not there: one
+    /// question to the store instead of several, for thousands of names that nobody asks for but a listing.
+    fn unmoved(&self, name: &EnvName) -> Option<Known<Pointed>> {
+        let Source::Store(store) = &self.source else { return None };
+        self.present(store).ok()?;
+        self.pointers.confirm(name, WATCHED, |pointed| !store.may_have_pointer(name, pointed.sequence + 1))
     }
 
     /// The numbers of the versions of `name`, ascending.
@@ -464,7 +546,7 @@ mod tests {
         let get = |answer: Result<Option<u32>>| {
             let mut changed = false;
             let stale = Instant::now().checked_sub(FRESH * 2).unwrap();
-            if let Some(cell) = lock(&cells.0).get(&1) {
+            if let Some(cell) = lock(&cells.map).get(&1) {
                 lock(cell).read = stale;
             }
             let known = cells.get(&1, Age::Fresh, true, &outage, |_| answer, || changed = true);

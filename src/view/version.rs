@@ -95,12 +95,12 @@ pub(super) struct VersionView {
     pub(super) version: Version,
     pub(super) slot: u32,
     layers: Mutex<Option<Arc<Layers>>>,
-    metadata: OnceLock<Arc<[u8]>>,
+    metadata_size: OnceLock<u64>,
 }
 
 impl VersionView {
     pub(super) fn new(version: Version, slot: u32) -> Self {
-        VersionView { version, slot, layers: Mutex::default(), metadata: OnceLock::new() }
+        VersionView { version, slot, layers: Mutex::default(), metadata_size: OnceLock::new() }
     }
 
     /// The layers, opened when first asked for; a failure is tried again next time.
@@ -137,10 +137,7 @@ impl VersionView {
     }
 
     /// `metadata.json`: the version's document and what its layers are called.
-    pub(super) fn metadata(&self, layers: &Layers) -> Result<Arc<[u8]>> {
-        if let Some(bytes) = self.metadata.get() {
-            return Ok(bytes.clone());
-        }
+    pub(super) fn metadata(&self, layers: &Layers) -> Result<Vec<u8>> {
         #[derive(Serialize)]
         struct Package<'a> {
             name: &'a str,
@@ -160,7 +157,18 @@ impl VersionView {
         let mut bytes = serde_json::to_vec_pretty(&Metadata { version: &self.version, packages })
             .map_err(|source| Error::new(Kind::Failed, "metadata.json cannot be written").with_source(source))?;
         bytes.push(b'\n');
-        Ok(self.metadata.get_or_init(|| bytes.into()).clone())
+        Ok(bytes)
+    }
+
+    /// Length of [`VersionView::metadata`], which is asked for far more often than its bytes.
+    pub(super) fn metadata_size(&self, layers: &Layers) -> Result<u64> {
+        match self.metadata_size.get() {
+            Some(size) => Ok(*size),
+            None => {
+                let size = self.metadata(layers)?.len() as u64;
+                Ok(*self.metadata_size.get_or_init(|| size))
+            }
+        }
     }
 
     /// The lock or project file, where there is one with a name that can be shown.
