@@ -1,5 +1,5 @@
 //! The only `unsafe` of the program: what must be done between `fork` and `exec` of a child, taking ownership of a
-//! descriptor, and asking a file system that may never answer.
+//! descriptor, asking a file system that may never answer, and settings of memory.
 //!
 //! The closure given to `pre_exec` runs in a copy of a process that may have had many threads, so it may only make
 //! system calls: everything it needs (C strings, texts) is prepared before.
@@ -28,6 +28,33 @@ pub fn glibc_version() -> Option<&'static str> {
     }
     #[cfg(not(target_env = "gnu"))]
     None
+}
+
+/// Lets SQLite take memory for a connection as it needs it, instead of about 130 KB in advance; a mount keeps hundreds of
+/// catalogs open. Must come before the first connection of the process; later it changes nothing.
+pub(crate) fn lean_databases() {
+    use rusqlite::ffi;
+    // A quarter of the usual, which holds what one answer needs for a moment.
+    let (slot, slots): (libc::c_int, libc::c_int) = (1200, 10);
+    // SAFETY: the arguments are of the types that these two options take (sqlite.org/c3ref/c_config_getmalloc.html),
+    // and SQLite itself refuses the call once it has begun to work.
+    unsafe {
+        ffi::sqlite3_config(ffi::SQLITE_CONFIG_LOOKASIDE, slot, slots);
+        let none = std::ptr::null_mut::<libc::c_void>();
+        let no_size: libc::c_int = 0;
+        ffi::sqlite3_config(ffi::SQLITE_CONFIG_PAGECACHE, none, no_size, no_size);
+    }
+}
+
+/// Limits glibc to `arenas` heaps: each thread that has its own keeps what it once needed.
+pub(crate) fn few_heaps(arenas: i32) {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt may be called at any time, from any thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, arenas);
+    }
+    #[cfg(not(target_env = "gnu"))]
+    let _ = arenas;
 }
 
 /// Takes ownership of a descriptor that was just received through a socket and is known to nobody else.

@@ -12,6 +12,7 @@ use super::Context;
 use super::daemon::start_daemon;
 use crate::error::{IoContext, Kind, Result};
 use crate::mount::{self, Ended, Options};
+use crate::sys;
 
 /// Show the store's environments as directories
 ///
@@ -80,6 +81,8 @@ impl Mount {
     }
 
     fn serve(&self, context: &Context, dir: &Path, ready: impl FnOnce()) -> Result<ExitCode> {
+        sys::few_heaps(4);
+        sys::lean_databases();
         let store = context.store()?;
         let index = Arc::new(context.index(&store)?);
         let signals = Signals::new([SIGINT, SIGTERM]).at("waiting for", "signals")?;
