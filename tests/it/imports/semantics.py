@@ -16,6 +16,8 @@ import warnings
 
 import _envfabric
 
+sys.dont_write_bytecode = True  # two modules beside this file
+
 assert _envfabric.start() == (sys.argv[1] == "on")
 
 
