@@ -175,8 +175,12 @@ pub struct Child {
 
 impl Child {
     /// Prepares `command`: the child dies when this thread ends, makes files with umask 022, and is as told.
+    ///
+    /// It lets go of FUSE devices before `exec`: what it executes may be in a file system that this process serves, and if
+    /// this process is killed just then, the kernel ends the child's question only when nobody has the device any more.
     pub fn prepare(&self, command: &mut Command) -> io::Result<()> {
         let parent = std::process::id();
+        let highest = highest_descriptor()?;
         let limit = self.file_size_max;
         let fixed_addresses = self.fixed_addresses;
         let hide = match self.hide.is_empty() {
@@ -192,6 +196,7 @@ impl Child {
                 if libc::getppid() as u32 != parent {
                     return Err(io::Error::from_raw_os_error(libc::ESRCH));
                 }
+                close_fuse_devices(highest);
                 libc::umask(0o022);
                 if let Some(bytes) = limit {
                     let mut now = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -210,6 +215,30 @@ impl Child {
             });
         }
         Ok(())
+    }
+}
+
+/// The highest number of an open descriptor, and some more for those that other threads open meanwhile.
+fn highest_descriptor() -> io::Result<RawFd> {
+    let open = std::fs::read_dir("/proc/self/fd")?;
+    let numbers = open.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
+    Ok(numbers.max().unwrap_or(2) + 64)
+}
+
+/// Closes every descriptor of `/dev/fuse` (character device 10:229) up to number `highest`.
+///
+/// # Safety
+/// Only called between `fork` and `exec`, where nobody else uses them.
+unsafe fn close_fuse_devices(highest: RawFd) {
+    for number in 3..=highest {
+        // SAFETY: `about` is as large as the kernel expects; zeros are a valid value of it.
+        unsafe {
+            let mut about: libc::stat = std::mem::zeroed();
+            let is_device = libc::fstat(number, &mut about) == 0 && about.st_mode & libc::S_IFMT == libc::S_IFCHR;
+            if is_device && about.st_rdev == libc::makedev(10, 229) {
+                libc::close(number);
+            }
+        }
     }
 }
 
@@ -282,4 +311,30 @@ fn check(result: libc::c_int) -> io::Result<()> {
 
 fn c_string(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a child executes may be in a file system that its parent serves. If the parent is killed before `exec`, nobody
+    /// but the child itself would keep the kernel from ending its question.
+    #[test]
+    fn a_child_lets_go_of_fuse_devices_before_it_executes_anything() {
+        let Ok(device) = std::fs::File::options().read(true).write(true).open("/dev/fuse") else {
+            eprintln!("skipped: /dev/fuse cannot be opened here");
+            return;
+        };
+        // One that `exec` would keep.
+        let kept = nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty());
+        nix::fcntl::fcntl(&device, kept).unwrap();
+        let open = |command: &mut Command| {
+            let output = command.args(["-c", "ls -l /proc/$$/fd"]).output().unwrap();
+            String::from_utf8(output.stdout).unwrap().contains("/dev/fuse")
+        };
+        assert!(open(&mut Command::new("sh")), "without it a child has the device");
+        let mut command = Command::new("sh");
+        Child::default().prepare(&mut command).unwrap();
+        assert!(!open(&mut command));
+    }
 }
