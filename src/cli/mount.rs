@@ -81,7 +81,7 @@ impl Mount {
     }
 
     fn serve(&self, context: &Context, dir: &Path, ready: impl FnOnce()) -> Result<ExitCode> {
-        sys::few_heaps(4);
+        sys::few_heaps(1);
         sys::lean_databases();
         let store = context.store()?;
         let index = Arc::new(context.index(&store)?);

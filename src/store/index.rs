@@ -202,6 +202,8 @@ fn open(path: &Path) -> Result<Connection, rusqlite::Error> {
 
 /// Makes the tables where they are missing or of another format.
 fn prepare(db: Connection) -> Result<Connection, rusqlite::Error> {
+    // See Catalog::open.
+    db.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     db.pragma_update(None, "journal_mode", "WAL")?;
     db.pragma_update(None, "synchronous", "NORMAL")?;
     let format = |db: &Connection| db.pragma_query_value(None, "user_version", |r| r.get::<_, i64>(0));

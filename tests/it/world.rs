@@ -102,8 +102,11 @@ impl World {
         self.mount_at(&at)
     }
 
+    /// With the options of `ENVFABRIC_TEST_MOUNT`, so that the main job can be tested with each fast path switched off.
     pub fn mount_at(&self, at: &Path) -> Mount<'_> {
-        self.ok([OsStr::new("mount"), at.as_os_str()]);
+        let options = std::env::var("ENVFABRIC_TEST_MOUNT").unwrap_or_default();
+        let options = options.split_whitespace().map(OsStr::new);
+        self.ok([OsStr::new("mount"), at.as_os_str()].into_iter().chain(options));
         Mount { world: self, at: at.to_path_buf() }
     }
 }

@@ -27,6 +27,7 @@ def install():
     import posix
     from _thread import get_ident
     from _weakref import ref
+    from time import perf_counter as now
 
     FileFinder, SourceFileLoader = external.FileFinder, external.SourceFileLoader
     ExtensionFileLoader, ModuleSpec = external.ExtensionFileLoader, bootstrap.ModuleSpec
@@ -64,6 +65,7 @@ def install():
     roots = []  # paths of site-packages and the standard library, with their directory in a layer, and the layer's number
     found = {}  # path of a source: number of its layer, where in its pack, how long, length of the source; () if not there
     threads = {}  # thread: [how many modules are being executed, {number of a layer: (its open pack, device, inode)}]
+    looked_at = set()  # paths of directories in which something was found
     nothing = (0, {})
 
     def table(layer, directory):
@@ -148,7 +150,15 @@ def install():
                 if spec is not None and type(spec.loader) is SourceFileLoader:
                     found[spec.origin] = ()  # what it imports is in the pack nevertheless
                 return spec
-            there = stat(file)
+            if path in looked_at:
+                there = stat(file)
+            else:
+                # Where the kernel knows nothing yet, one listing tells it about all files of the directory.
+                looked_at.add(path)
+                before = now()
+                there = stat(file)
+                if now() - before > 2e-5:
+                    posix.listdir(path)
         except (OSError, KeyError, ValueError, EOFError, TypeError):
             return find_usually(self, fullname, target)
         if there.st_ino != file_bases[layer] + row or there.st_dev != device:
