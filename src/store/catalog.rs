@@ -124,12 +124,6 @@ impl Catalog {
         self.one(&format!("SELECT {COLUMNS} FROM entry WHERE id = ?1"), (id,))
     }
 
-    /// Everything directly in `parent`, sorted by name (bytes).
-    pub fn list(&self, parent: RowId) -> Result<Vec<Row>> {
-        let sql = format!("SELECT {COLUMNS} FROM entry WHERE parent = ?1 AND id > 0 ORDER BY name");
-        self.many(&sql, (parent,))
-    }
-
     /// All rows in order of their numbers.
     pub fn all(&self) -> Result<Vec<Row>> {
         self.many(&format!("SELECT {COLUMNS} FROM entry ORDER BY id"), ())
@@ -141,7 +135,7 @@ impl Catalog {
         self.scan_where("id > 0", (), look)
     }
 
-    /// Shows everything directly in `parent` to `look`, by name. Cheaper than [`Catalog::list`].
+    /// Shows everything directly in `parent` to `look`, sorted by name (bytes).
     pub fn scan_dir(&self, parent: RowId, look: impl FnMut(Scanned<'_>)) -> Result<()> {
         self.scan_where("parent = ?1 AND id > 0", (parent,), look)
     }

@@ -198,6 +198,33 @@ fn a_file_that_is_put_over_one_of_an_environment_is_what_is_imported() {
     assert!(lines[0].ends_with(" 9 0") && lines[1] == "1", "an overlay: {told}");
 }
 
+/// Before it starts, and with what was there before it started.
+#[test]
+fn whoever_wraps_the_finder_at_any_time_is_asked_and_nothing_goes_round_in_circles() {
+    let world = World::shared();
+    let mount = world.mount();
+    let wrap = "asked = []\n\
+                def wrap(inner):\n\
+                \x20   def find_spec(self, fullname, target=None):\n\
+                \x20       asked.append(fullname)\n\
+                \x20       return inner(self, fullname, target)\n\
+                \x20   finder.find_spec = find_spec\n";
+    let check = "import argparse, json.tool, email.mime.text, html.parser, wsgiref.simple_server, packaging.version\n\
+                 assert {'argparse', 'packaging.version'} <= set(asked), asked\n\
+                 print(_envfabric.start())\n";
+    let begin = "import _envfabric\nfrom importlib.machinery import FileFinder as finder\n";
+    for name in of_every_python(world) {
+        for (how, active) in [
+            ("wrap(finder.find_spec)\n", "False\n"),
+            ("_envfabric.start()\nwrap(finder.find_spec)\n", "True\n"),
+            ("first = finder.find_spec\n_envfabric.start()\nwrap(first)\n", "True\n"),
+        ] {
+            let told = run(&mount.python(&name), "on", &["-c", &format!("{begin}{wrap}{how}{check}")]);
+            assert_eq!(told, active, "{name}: {how}");
+        }
+    }
+}
+
 /// The reason that there is an accelerator, told in requests and not in time.
 #[test]
 fn a_hundred_modules_cost_the_mount_a_few_requests() {

@@ -19,28 +19,29 @@ def _prepare():
     usually = FileFinder.find_spec
     searches_left = 12  # what `python -c pass` makes is less
     active = None
+    now = usually  # never asked of the class: whoever wraps this function stands there
 
     def find_spec(self, fullname, target=None):
         nonlocal searches_left
         searches_left -= 1
         if searches_left < 0:
             start()
-            return FileFinder.find_spec(self, fullname, target)
-        return usually(self, fullname, target)
+        return now(self, fullname, target)
 
     def start():
-        nonlocal active
+        nonlocal active, now
         if active is None:
+            active = False
             # If somebody else has changed it since, that stays as it is.
-            active = FileFinder.find_spec is find_spec
-            if active:
+            if FileFinder.find_spec is find_spec:
                 FileFinder.find_spec = usually
                 try:
                     import _envfabric_imports
 
                     active = _envfabric_imports.install()
                 except Exception:  # a program must run, come what may
-                    active = False
+                    pass
+                now = FileFinder.find_spec
         return active
 
     find_spec.__code__ = find_spec.__code__.replace(co_filename=usually.__code__.co_filename)

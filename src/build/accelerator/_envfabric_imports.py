@@ -96,9 +96,11 @@ def install():
                     below = finder.path[len(root) :]
                     if layer is None:
                         layer = site_names[below.partition("/")[0]]
+                    if layer < 0:
+                        return None  # several layers have it
                     directory += "/" + below
                     row, names = table(layer, directory)
-                    if layer >= 0 and here.st_ino == dir_bases[layer] + row:
+                    if here.st_ino == dir_bases[layer] + row:
                         return layer, directory, names, here.st_ino
         except (OSError, KeyError, ValueError, EOFError, TypeError):
             pass
