@@ -263,6 +263,7 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
         }
     };
     let Parts { plan, layers, source } = parts;
+    let all: Vec<Digest> = [interpreter.layer, interpreter.scaffold].into_iter().chain(plan.layers.clone()).collect();
     let draft = Version {
         format: VERSION_FORMAT,
         environment: name.clone(),
@@ -275,6 +276,7 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
         },
         scaffold: interpreter.scaffold,
         layers: plan.layers,
+        summaries: context.store.ensure_summaries(context.index, &all)?,
         lock: Some(plan.lock),
         pyproject: plan.pyproject,
         source,

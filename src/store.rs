@@ -5,7 +5,7 @@
 //!   fabric.json                              format number, feature flags, a random id
 //!   blobs/<aa>/<sha256>                      one large file each; also locks and other documents
 //!   packs/<aa>/<sha256>                      the small files of one layer, one after the other
-//!   layers/<aa>/<digest>.catalog             a layer's tree as an immutable SQLite file
+//!   catalogs/<aa>/<sha256>                   a layer's tree as an immutable SQLite file
 //!   layers/<aa>/<digest>.json                a layer's document; a layer exists when this exists
 //!   keys/<aa>/<sha256>.json                  lock entry + ABI -> layer digest
 //!   interpreters/<name>.json                 a Python that environments can run on
@@ -23,6 +23,7 @@
 //! **What is lost by a crash** is what lies in `tmp/`, nothing else.
 
 mod catalog;
+mod chunks;
 mod environments;
 mod fsck;
 mod index;
@@ -30,6 +31,9 @@ mod layer;
 mod layer_writer;
 mod publish;
 mod row;
+mod seal;
+mod spine;
+mod summary;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -40,6 +44,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 pub use catalog::{Catalog, Scanned, ScannedKind};
+pub use chunks::{CHUNK_SIZE, Chunks};
 pub(crate) use environments::host;
 pub use environments::{Claimed, Pointer};
 pub use fsck::{Finding, FsckReport, Severity};
@@ -47,14 +52,19 @@ pub use index::Index;
 pub use layer::{Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requirement, SMALL_FILE_MAX};
 pub use layer_writer::{LayerWriter, Staged, StagedKind};
 pub use row::{Node, Place, Row, RowId};
+pub use spine::SpineDir;
+pub use summary::documents;
 
 use publish::Trust;
+use seal::Unreadable;
+use seal::write as to_json;
+pub use seal::write as sealed;
 
 use crate::environment::{Digest, Document, Interpreter};
 use crate::error::{Error, IoContext, Kind, Result};
 
 /// The store format that this program writes.
-pub const STORE_FORMAT: u32 = 1;
+pub const STORE_FORMAT: u32 = 2;
 
 /// Features that this program understands, of the kind that makes a store unreadable without them.
 const INCOMPATIBLE_KNOWN: &[&str] = &["raw-packs"];
@@ -181,19 +191,25 @@ impl Store {
         struct OnlyFormat {
             format: u32,
         }
-        let corrupt = |source: serde_json::Error| {
+        let corrupt = || {
             Error::new(Kind::Corrupt, format!("{} is not readable as a store description", path.display()))
                 .hint("restore fabric.json from a backup; nothing else in the store is affected")
-                .with_source(source)
         };
-        let OnlyFormat { format } = serde_json::from_slice(&bytes).map_err(corrupt)?;
+        let OnlyFormat { format } = serde_json::from_slice(&bytes).map_err(|source| corrupt().with_source(source))?;
         if format > STORE_FORMAT {
             return Err(newer(format!("has format {format}, and this program knows up to {STORE_FORMAT}")));
         }
-        let fabric: Fabric = serde_json::from_slice(&bytes).map_err(corrupt)?;
+        if format < STORE_FORMAT {
+            let what = format!("the store at {} has format {format}, of before the first release", root.display());
+            return Err(Error::new(Kind::Unsupported, what).hint("make a new store and create its environments again"));
+        }
+        let fabric: Fabric = serde_json::from_slice(&bytes).map_err(|source| corrupt().with_source(source))?;
         let unknown = |used: &[String], known: &[&str]| used.iter().find(|f| !known.contains(&f.as_str())).cloned();
         if let Some(feature) = unknown(&fabric.features.incompatible, INCOMPATIBLE_KNOWN) {
             return Err(newer(format!("uses {feature:?}, which this program does not know")));
+        }
+        if !seal::is_whole(&bytes) {
+            return Err(corrupt());
         }
         let writable = unknown(&fabric.features.read_compatible, READ_COMPATIBLE_KNOWN).is_none();
         Ok(Store { root, fabric, writable })
@@ -249,9 +265,9 @@ impl Store {
         self.sharded("packs", &digest.to_string())
     }
 
-    /// Where a layer's catalog lies.
-    pub fn catalog_path(&self, layer: &Digest) -> PathBuf {
-        self.sharded("layers", &format!("{layer}.catalog"))
+    /// Where a catalog lies.
+    pub fn catalog_path(&self, catalog: &Digest) -> PathBuf {
+        self.sharded("catalogs", &catalog.to_string())
     }
 
     /// Where a layer's document lies.
@@ -278,20 +294,16 @@ impl Store {
 
     /// True when catalog, pack and blobs of a layer are there and no shorter than they should be.
     fn has_objects_of(&self, doc: &LayerDoc) -> bool {
-        let Ok(catalog) = self.catalog(&doc.digest) else { return false };
+        let Ok(catalog) = self.catalog_of(doc) else { return false };
         let Ok(rows) = catalog.all() else { return false };
-        let (mut pack_end, mut blobs) = (0, BTreeMap::new());
+        let mut blobs = BTreeMap::new();
         for row in rows {
-            match row.node {
-                Node::File { size, place: Place::Pack { offset }, .. } => pack_end = pack_end.max(offset + size),
-                Node::File { size, digest, place: Place::Blob, .. } => {
-                    blobs.insert(digest, size);
-                }
-                _ => {}
+            if let Node::File { size, digest, place: Place::Blob, .. } = row.node {
+                blobs.insert(digest, size);
             }
         }
         let length = |path: PathBuf| fs::File::open(path).and_then(|f| f.metadata()).map(|m| m.len()).ok();
-        doc.pack.is_none_or(|pack| length(self.pack_path(&pack)).is_some_and(|n| n == pack_end))
+        doc.pack.is_none_or(|pack| length(self.pack_path(&pack)).is_some_and(|n| n == doc.pack_size))
             && blobs.iter().all(|(blob, size)| length(self.blob_path(blob)) == Some(*size))
     }
 
@@ -334,7 +346,12 @@ impl Store {
 
     /// Opens a layer's catalog.
     pub fn catalog(&self, layer: &Digest) -> Result<Catalog> {
-        Catalog::open(&self.catalog_path(layer), layer)
+        self.catalog_of(&self.layer(layer)?)
+    }
+
+    /// Opens the catalog of the layer with this document.
+    pub fn catalog_of(&self, doc: &LayerDoc) -> Result<Catalog> {
+        Catalog::open(&self.catalog_path(&doc.catalog), &doc.digest)
     }
 
     /// The layer that a key stands for, if one was built and is there.
@@ -386,7 +403,7 @@ impl Store {
 }
 
 /// Directories of a store.
-const ROOM_NAMES: [&str; 7] = ["blobs", "packs", "layers", "keys", "interpreters", "envs", "tmp"];
+const ROOM_NAMES: [&str; 8] = ["blobs", "packs", "catalogs", "layers", "keys", "interpreters", "envs", "tmp"];
 
 #[derive(Serialize, Deserialize)]
 struct KeyDoc {
@@ -403,19 +420,18 @@ pub fn now() -> Timestamp {
     Timestamp::from_second(Timestamp::now().as_second()).unwrap_or(Timestamp::UNIX_EPOCH)
 }
 
-fn to_json<T: Serialize>(value: &T) -> Result<Vec<u8>> {
-    let mut bytes = serde_json::to_vec(value)
-        .map_err(|source| Error::new(Kind::Failed, "a document cannot be written as JSON").with_source(source))?;
-    bytes.push(b'\n');
-    Ok(bytes)
-}
-
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let bytes = publish::read(path)?;
-    serde_json::from_slice(&bytes).map_err(|source| {
-        Error::new(Kind::Corrupt, format!("{} is damaged or of an unknown format", path.display()))
-            .hint("run `envfabric fsck` to see what is affected")
-            .with_source(source)
+    seal::read(&bytes).map_err(|why| {
+        let hint = "run `envfabric fsck` to see what is affected";
+        match why {
+            Unreadable::Broken => Error::new(Kind::Corrupt, format!("{} is damaged", path.display())).hint(hint),
+            Unreadable::Other(source) => {
+                Error::new(Kind::Corrupt, format!("{} is of an unknown format", path.display()))
+                    .hint(hint)
+                    .with_source(source)
+            }
+        }
     })
 }
 

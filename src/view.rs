@@ -324,6 +324,7 @@ impl Tree {
                     None => Ok(None),
                     Some(Child::Dir(below)) => self.dir_attr(&view, &below, below.ino).map(Some),
                     Some(Child::Leaf(ino, row)) => Ok(Some(row_attr(ino, &row.node))),
+                    Some(Child::Known(attr)) => Ok(Some(attr)),
                     Some(Child::Other(ino)) => self.attr(ino).map(Some),
                 }
             }

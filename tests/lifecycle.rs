@@ -347,6 +347,7 @@ fn a_store_that_is_away_for_a_while_takes_no_name_with_it() {
     assert_eq!(before.0[..3], [vec!["demo", "other"], vec!["a", "b"], vec!["c"]]);
     let pinned = root.join("demo/a/.versions/1/.venv/lib/python3.11/site-packages");
     assert_eq!(fs::read(pinned.join("beta/data/small.bin")).unwrap(), noise(5_000, 201));
+    assert!(pinned.join("gamma/alias").is_symlink());
     // Somebody works inside, and something is mounted below a name.
     let bound = Unmounted(fixture.place("bound"));
     let made = Command::new("mount").arg("--bind").arg(root.join("demo/a")).arg(&bound.0).status();

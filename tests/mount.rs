@@ -548,7 +548,7 @@ fn what_is_damaged_fails_alone() {
     eio("demo/bad/.venv/lib/python3.11/site-packages/bad/big.bin");
     assert_eq!(fs::read(root.join("demo/bad/.venv/lib/python3.11/site-packages/bad/__init__.py")).unwrap(), b"1");
     // A catalog that is cut off.
-    let catalog = fixture.store.catalog_path(&cut);
+    let catalog = fixture.store.catalog_path(&fixture.store.layer(&cut).unwrap().catalog);
     let bytes = fs::read(&catalog).unwrap();
     fs::remove_file(&catalog).unwrap();
     fs::write(&catalog, &bytes[..bytes.len() / 2]).unwrap();

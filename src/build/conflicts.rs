@@ -27,7 +27,8 @@ pub(super) fn find(context: &Context<'_>, layers: &[Arc<LayerDoc>]) -> Result<Ve
             None => {
                 for digest in pair {
                     if let std::collections::hash_map::Entry::Vacant(place) = catalogs.entry(digest) {
-                        let catalog = context.store.catalog(&digest)?;
+                        let doc = if digest == hidden.digest { hidden } else { shown };
+                        let catalog = context.store.catalog_of(doc)?;
                         let mut rows = BTreeMap::new();
                         for row in catalog.all()? {
                             rows.insert(catalog.path_of(row.id)?, row.node);
@@ -112,7 +113,7 @@ mod tests {
         };
         let claims = claims.iter().map(|c| c.to_string()).collect();
         let digest = Digest::of(name.as_bytes());
-        Arc::new(LayerDoc { format: 1, digest, meta, rows: 0, files: 0, bytes: 0, pack: None, blobs: vec![], claims })
+        Arc::new(LayerDoc { claims, ..LayerDoc::bare(digest, meta) })
     }
 
     #[test]

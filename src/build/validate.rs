@@ -210,17 +210,7 @@ mod tests {
             bytecode: true,
         };
         let digest = Digest::of(name.as_bytes());
-        Arc::new(LayerDoc {
-            format: 1,
-            digest,
-            meta,
-            rows: 0,
-            files: 0,
-            bytes: 0,
-            pack: None,
-            blobs: vec![],
-            claims: vec![],
-        })
+        Arc::new(LayerDoc::bare(digest, meta))
     }
 
     #[test]

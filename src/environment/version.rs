@@ -28,6 +28,9 @@ pub struct Version {
     pub scaffold: Digest,
     /// One layer per distribution, in the order of the lock.
     pub layers: Vec<Digest>,
+    /// Blobs that have the documents of the layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub summaries: Vec<Digest>,
     /// The lock that decided `layers`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lock: Option<Document>,

@@ -1,9 +1,10 @@
 //! Catalogs: a layer's tree as an immutable SQLite file.
 //!
 //! ```sql
-//! meta(key, value)                                              -- format, digest, rows, pack
+//! meta(key, value)                                              -- format, layer, rows, pack, pack_size
 //! entry(parent, name, id, kind, mode, size, digest, offset, target, PRIMARY KEY (parent, name)) WITHOUT ROWID
 //! entry_id(id)                                                  -- unique index, for answers by inode number
+//! chunk(object, digests)                                        -- digests of the chunks of pack and large files
 //! ```
 //!
 //! Rows are numbered from 0, the root, in order of path, so a parent's number is below its children's. A file of the
@@ -16,13 +17,14 @@ use std::path::Path;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, OptionalExtension};
 
+use super::chunks::{CHUNK_SIZE, Chunks};
 use super::layer::Canon;
 use super::row::{Node, Place, Row, RowId, is_component};
 use crate::environment::Digest;
 use crate::error::{Error, Kind, Result};
 
 /// The catalog format that this program writes.
-pub(super) const CATALOG_FORMAT: i64 = 1;
+pub(super) const CATALOG_FORMAT: i64 = 2;
 
 pub(super) const SCHEMA: &str = "
     CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -39,6 +41,7 @@ pub(super) const SCHEMA: &str = "
         PRIMARY KEY (parent, name)
     ) WITHOUT ROWID;
     CREATE UNIQUE INDEX entry_id ON entry (id);
+    CREATE TABLE chunk (object BLOB PRIMARY KEY, digests BLOB NOT NULL) WITHOUT ROWID;
 ";
 
 const COLUMNS: &str = "id, parent, name, kind, mode, size, digest, offset, target";
@@ -51,7 +54,7 @@ pub struct Catalog {
     db: Connection,
     layer: Digest,
     rows: u32,
-    pack: Option<Digest>,
+    pack: Option<(Digest, u64)>,
 }
 
 impl Catalog {
@@ -90,7 +93,11 @@ impl Catalog {
             return Err(corrupt(path, "belongs to another layer"));
         }
         let rows = text("rows").and_then(|v| v.parse::<u32>().ok()).ok_or_else(|| corrupt(path, "has no row count"))?;
-        let pack = text("pack").map(str::parse).transpose()?;
+        let pack = match (text("pack"), text("pack_size").and_then(|v| v.parse::<u64>().ok())) {
+            (Some(pack), Some(size)) => Some((pack.parse()?, size)),
+            (Some(_), None) => return Err(corrupt(path, "does not say how long its pack is")),
+            (None, _) => None,
+        };
         Ok(Catalog { db, layer: *layer, rows, pack })
     }
 
@@ -111,7 +118,28 @@ impl Catalog {
 
     /// The pack of the small files.
     pub fn pack(&self) -> Option<&Digest> {
-        self.pack.as_ref()
+        self.pack.as_ref().map(|(pack, _)| pack)
+    }
+
+    /// The chunks of `object`, with `size` bytes: the pack, or a file of this layer.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] when there is more than one and this catalog does not know them.
+    pub fn chunks(&self, object: &Digest, size: u64) -> Result<Chunks> {
+        match self.known_chunks(object, size)? {
+            Some(chunks) => Ok(chunks),
+            None if size <= CHUNK_SIZE => Ok(Chunks::single(*object)),
+            None => Err(self.damaged(&format!("does not have the chunks of {}", object.short()))),
+        }
+    }
+
+    fn known_chunks(&self, object: &Digest, size: u64) -> Result<Option<Chunks>> {
+        let read = |e: rusqlite::Error| self.damaged("cannot be read").with_source(e);
+        let mut select = self.db.prepare_cached("SELECT digests FROM chunk WHERE object = ?1").map_err(read)?;
+        let bytes: Option<Vec<u8>> =
+            select.query_row([object.as_bytes()], |row| row.get(0)).optional().map_err(read)?;
+        let wrong = || self.damaged(&format!("has a wrong number of chunks of {}", object.short()));
+        bytes.map(|bytes| Chunks::from_bytes(&bytes, size).ok_or_else(wrong)).transpose()
     }
 
     /// The row called `name` in directory `parent`.
@@ -214,7 +242,11 @@ impl Catalog {
                 _ if row.parent == 0 => row.name.clone(),
                 _ => [paths[row.parent as usize].as_slice(), b"/", &row.name].concat(),
             };
-            canon.row(&path, &row.node);
+            let chunks = match &row.node {
+                Node::File { size, digest, .. } if *size > CHUNK_SIZE => Some(self.chunks(digest, *size)?),
+                _ => None,
+            };
+            canon.row(&path, &row.node, chunks.as_ref());
             paths.push(path);
         }
         if canon.finish() != self.layer {

@@ -12,6 +12,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::seal::{self, Unreadable};
 use super::{Store, in_parallel, list_dirs, list_names, now, publish, read_json, to_json};
 use crate::environment::{EnvName, VERSION_FORMAT, Version};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -139,21 +140,25 @@ impl Store {
                 .hint(format!("see `envfabric versions {name}`")),
             false => error,
         })?;
-        let corrupt = |source: serde_json::Error| {
-            Error::new(Kind::Corrupt, format!("version document {} is damaged", path.display()))
-                .hint(format!("roll back to another: `envfabric versions {name}`; then run `envfabric fsck`"))
-                .with_source(source)
+        let corrupt = |why: Unreadable| {
+            let error = Error::new(Kind::Corrupt, format!("version document {} is damaged", path.display()))
+                .hint(format!("roll back to another: `envfabric versions {name}`; then run `envfabric fsck`"));
+            match why {
+                Unreadable::Broken => error,
+                Unreadable::Other(source) => error.with_source(source),
+            }
         };
         #[derive(Deserialize)]
         struct OnlyFormat {
             format: u32,
         }
-        let OnlyFormat { format } = serde_json::from_slice(&bytes).map_err(corrupt)?;
+        let OnlyFormat { format } =
+            serde_json::from_slice(&bytes).map_err(|error| corrupt(Unreadable::Other(error)))?;
         if format > VERSION_FORMAT {
             return Err(Error::new(Kind::Unsupported, format!("version {number} of {name} has format {format}"))
                 .hint("upgrade envfabric on this machine"));
         }
-        let version: Version = serde_json::from_slice(&bytes).map_err(corrupt)?;
+        let version: Version = seal::read(&bytes).map_err(corrupt)?;
         if version.environment != *name || version.number != number {
             return Err(Error::new(Kind::Corrupt, format!("{} describes another version", path.display()))
                 .hint("run `envfabric fsck`"));
@@ -391,6 +396,7 @@ pub(crate) mod tests {
                 executable: "bin/python3.11".into(),
             },
             scaffold: Digest::of(b"scaffold"),
+            summaries: vec![],
             layers: vec![],
             lock: None,
             pyproject: None,

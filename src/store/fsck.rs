@@ -41,7 +41,7 @@ pub struct Finding {
 pub struct FsckReport {
     /// Layers checked.
     pub layers: usize,
-    /// Blobs and packs read and hashed.
+    /// Blobs, packs and catalogs read and hashed.
     pub objects: usize,
     /// Bytes read and hashed.
     pub bytes: u64,
@@ -78,14 +78,14 @@ impl Store {
         Ok(report)
     }
 
-    /// Hashes every blob and pack; returns those that are sound, by digest, with their length.
+    /// Hashes every blob, pack and catalog; returns those that are sound, by digest, with their length.
     fn check_objects(
         &self,
         report: &mut FsckReport,
         progress: &(dyn Fn(usize, usize) + Sync),
     ) -> Result<BTreeMap<(&'static str, Digest), u64>> {
         let mut files: Vec<(&'static str, PathBuf)> = Vec::new();
-        for room in ["blobs", "packs"] {
+        for room in ["blobs", "packs", "catalogs"] {
             for shard in list_names(&self.root.join(room))? {
                 let dir = self.root.join(room).join(shard);
                 files.extend(list_names(&dir)?.into_iter().map(|name| (room, dir.join(name))));
@@ -123,8 +123,7 @@ impl Store {
         let mut digests = BTreeSet::new();
         for shard in list_names(&self.root.join("layers"))? {
             for name in list_names(&self.root.join("layers").join(&shard))? {
-                let stem = name.strip_suffix(".json").or_else(|| name.strip_suffix(".catalog"));
-                match stem.and_then(|s| s.parse::<Digest>().ok()) {
+                match name.strip_suffix(".json").and_then(|s| s.parse::<Digest>().ok()) {
                     Some(digest) => {
                         digests.insert(digest);
                     }
@@ -148,8 +147,11 @@ impl Store {
             Err(error) if error.is_not_found() => return None,
             Err(error) => return Some(vec![(doc_path, error.chain())]),
         };
-        let catalog_path = self.relative(&self.catalog_path(digest));
-        match self.catalog(digest).and_then(|c| c.verify().map(|rows| (c.pack().copied(), rows))) {
+        let catalog_path = self.relative(&self.catalog_path(&doc.catalog));
+        if objects.get(&("catalogs", doc.catalog)) != Some(&doc.catalog_size) {
+            problems.push((catalog_path.clone(), "is missing or damaged".into()));
+        }
+        match self.catalog_of(&doc).and_then(|c| c.verify().map(|rows| (c.pack().copied(), rows))) {
             Err(error) => problems.push((catalog_path, error.chain())),
             Ok((pack, rows)) => {
                 let pack_size = pack.map(|p| (p, objects.get(&("packs", p)).copied()));
@@ -176,7 +178,7 @@ impl Store {
                 for blob in missing {
                     problems.push((self.relative(&self.blob_path(&blob)), "is missing or damaged".into()));
                 }
-                if pack != doc.pack {
+                if pack != doc.pack || pack_size.is_some_and(|(_, size)| size != Some(doc.pack_size)) {
                     problems.push((doc_path, "names another pack than the catalog".into()));
                 }
             }

@@ -17,7 +17,7 @@ use crate::environment::Digest;
 use crate::error::{Error, IoContext, Kind, Result};
 
 /// Bumped when the tables change; an index of another number is thrown away.
-const INDEX_FORMAT: i64 = 1;
+const INDEX_FORMAT: i64 = 2;
 
 /// The index of one store on this machine.
 #[derive(Debug)]
@@ -76,14 +76,14 @@ impl Index {
         self.db.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The documents of `layers`, in their order; those not known yet are read from the store, several at a time.
-    pub fn layers(&self, store: &Store, layers: &[Digest]) -> Result<Vec<Arc<LayerDoc>>> {
+    /// Those of `layers` whose documents are known here, with their documents.
+    fn known(&self, layers: &[Digest]) -> Result<HashMap<Digest, Arc<LayerDoc>>> {
         let mut found: HashMap<Digest, Arc<LayerDoc>> = HashMap::new();
         {
             let memory = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
             found.extend(layers.iter().filter_map(|d| memory.get(d).map(|doc| (*d, doc.clone()))));
         }
-        {
+        if layers.iter().any(|digest| !found.contains_key(digest)) {
             let db = self.db();
             // One look at the database instead of one per layer.
             let _reading = db.unchecked_transaction().map_err(|e| self.told(e))?;
@@ -99,19 +99,71 @@ impl Index {
                 }
             }
         }
+        Ok(found)
+    }
+
+    /// The layers among `layers` whose documents would have to be read from the store.
+    pub fn unknown(&self, layers: &[Digest]) -> Result<Vec<Digest>> {
+        let known = self.known(layers)?;
+        Ok(layers.iter().filter(|digest| !known.contains_key(digest)).copied().collect())
+    }
+
+    /// Takes in the documents of a summary.
+    pub fn learn(&self, summary: &Digest, docs: Vec<LayerDoc>) -> Result<()> {
+        let digests: Vec<Digest> = docs.iter().map(|doc| doc.digest).collect();
+        self.keep(&docs.into_iter().map(Arc::new).collect::<Vec<_>>())?;
+        self.set_summary(&digests, summary)
+    }
+
+    fn keep(&self, docs: &[Arc<LayerDoc>]) -> Result<()> {
+        let mut db = self.db();
+        let transaction = db.transaction().map_err(|e| self.told(e))?;
+        for doc in docs {
+            let text = serde_json::to_string(&**doc).unwrap_or_default();
+            let insert = "INSERT INTO layer (digest, doc) VALUES (?1, ?2) ON CONFLICT DO UPDATE SET doc = excluded.doc";
+            transaction
+                .prepare_cached(insert)
+                .and_then(|mut insert| insert.execute((doc.digest.as_bytes(), text)))
+                .map_err(|e| self.told(e))?;
+        }
+        transaction.commit().map_err(|e| self.told(e))
+    }
+
+    /// Those of `layers` that are known to be in a summary, with that summary.
+    pub(super) fn summaries(&self, layers: &[Digest]) -> Result<Vec<(Digest, Digest)>> {
+        let db = self.db();
+        let _reading = db.unchecked_transaction().map_err(|e| self.told(e))?;
+        let mut select = db.prepare_cached("SELECT summary FROM layer WHERE digest = ?1").map_err(|e| self.told(e))?;
+        let mut found = Vec::new();
+        for layer in layers {
+            let summary: Option<Option<[u8; 32]>> =
+                select.query_row([layer.as_bytes()], |r| r.get(0)).optional().map_err(|e| self.told(e))?;
+            found.extend(summary.flatten().map(|summary| (*layer, Digest::from_bytes(summary))));
+        }
+        Ok(found)
+    }
+
+    /// Notes that the documents of `layers` are in `summary`.
+    pub(super) fn set_summary(&self, layers: &[Digest], summary: &Digest) -> Result<()> {
+        let mut db = self.db();
+        let transaction = db.transaction().map_err(|e| self.told(e))?;
+        for layer in layers {
+            transaction
+                .prepare_cached("UPDATE layer SET summary = ?2 WHERE digest = ?1")
+                .and_then(|mut update| update.execute((layer.as_bytes(), summary.as_bytes())))
+                .map_err(|e| self.told(e))?;
+        }
+        transaction.commit().map_err(|e| self.told(e))
+    }
+
+    /// The documents of `layers`, in their order; those not known yet are read from the store, several at a time.
+    pub fn layers(&self, store: &Store, layers: &[Digest]) -> Result<Vec<Arc<LayerDoc>>> {
+        let mut found = self.known(layers)?;
         let missing: Vec<Digest> = layers.iter().filter(|d| !found.contains_key(d)).copied().collect();
         if !missing.is_empty() {
             let read: Vec<Arc<LayerDoc>> =
                 missing.par_iter().map(|d| store.layer(d).map(Arc::new)).collect::<Result<_>>()?;
-            let mut db = self.db();
-            let transaction = db.transaction().map_err(|e| self.told(e))?;
-            for doc in &read {
-                let text = serde_json::to_string(&**doc).unwrap_or_default();
-                transaction
-                    .execute("INSERT OR REPLACE INTO layer VALUES (?1, ?2)", (doc.digest.as_bytes(), text))
-                    .map_err(|e| self.told(e))?;
-            }
-            transaction.commit().map_err(|e| self.told(e))?;
+            self.keep(&read)?;
             found.extend(read.into_iter().map(|doc| (doc.digest, doc)));
         }
         let mut memory = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -217,7 +269,7 @@ fn prepare(db: Connection) -> Result<Connection, rusqlite::Error> {
     if format(&db)? != INDEX_FORMAT {
         db.execute_batch(
             "DROP TABLE IF EXISTS layer; DROP TABLE IF EXISTS key; DROP TABLE IF EXISTS note;
-             CREATE TABLE layer (digest BLOB PRIMARY KEY, doc TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE layer (digest BLOB PRIMARY KEY, doc TEXT NOT NULL, summary BLOB) WITHOUT ROWID;
              CREATE TABLE key (key BLOB PRIMARY KEY, layer BLOB NOT NULL) WITHOUT ROWID;
              CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;",
         )?;

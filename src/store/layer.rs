@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::chunks::Chunks;
 use super::row::Node;
+use super::spine::SpineDir;
 use crate::environment::{Digest, Hasher};
 
 /// The modification time of every file in every layer, in seconds: 2000-01-01 00:00:00 UTC.
@@ -76,26 +78,59 @@ pub struct LayerDoc {
     pub files: u32,
     /// Sum of the sizes of all files, in bytes.
     pub bytes: u64,
+    /// sha256 of its catalog's bytes.
+    pub catalog: Digest,
+    /// Length of the catalog, in bytes.
+    pub catalog_size: u64,
     /// The pack of the small files, where there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pack: Option<Digest>,
+    /// Length of the pack, in bytes; 0 where there is none.
+    #[serde(default)]
+    pub pack_size: u64,
     /// The blobs of the large files, sorted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub blobs: Vec<Digest>,
     /// The shortest paths that only files of this layer are below, or that are files: where another layer has the
     /// same path or one below it, the two may conflict. Sorted, relative to the prefix.
     pub claims: Vec<String>,
+    /// Directories that other layers may have too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spine: Vec<SpineDir>,
+}
+
+#[cfg(test)]
+impl LayerDoc {
+    /// The document of a layer without content.
+    pub(crate) fn bare(digest: Digest, meta: LayerMeta) -> LayerDoc {
+        LayerDoc {
+            format: 1,
+            digest,
+            meta,
+            rows: 0,
+            files: 0,
+            bytes: 0,
+            catalog: digest,
+            catalog_size: 0,
+            pack: None,
+            pack_size: 0,
+            blobs: vec![],
+            claims: vec![],
+            spine: vec![],
+        }
+    }
 }
 
 /// Digests a layer's rows in their canonical form.
 ///
 /// ```text
-/// "envfabric layer 1\n"
+/// "envfabric layer 2\n"
 /// per row, in order of path (component by component, bytes):
 ///   u32 length of path, path                 big-endian lengths
 ///   u8  kind: 'd', 'f' or 'l'
 ///   u16 mode                                 0755 or 0644; 0777 for a symlink
 ///   u64 size, 32 bytes sha256                files only
+///   32 bytes root of the chunks              files of more than one chunk only ([`Chunks::root`])
 ///   u32 length of target, target             symlinks only
 /// ```
 pub struct Canon(Hasher);
@@ -103,14 +138,14 @@ pub struct Canon(Hasher);
 impl Default for Canon {
     fn default() -> Self {
         let mut hasher = Hasher::default();
-        hasher.update(b"envfabric layer 1\n");
+        hasher.update(b"envfabric layer 2\n");
         Canon(hasher)
     }
 }
 
 impl Canon {
-    /// Takes in the next row.
-    pub fn row(&mut self, path: &[u8], node: &Node) {
+    /// Takes in the next row; `chunks` are those of a file that has more than one.
+    pub fn row(&mut self, path: &[u8], node: &Node, chunks: Option<&Chunks>) {
         let h = &mut self.0;
         h.update(&(path.len() as u32).to_be_bytes());
         h.update(path);
@@ -125,6 +160,9 @@ impl Canon {
             Node::File { size, digest, .. } => {
                 h.update(&size.to_be_bytes());
                 h.update(digest.as_bytes());
+                if let Some(chunks) = chunks.filter(|chunks| chunks.len() > 1) {
+                    h.update(chunks.root().as_bytes());
+                }
             }
             Node::Symlink { target } => {
                 h.update(&(target.len() as u32).to_be_bytes());
@@ -148,12 +186,20 @@ mod tests {
     #[test]
     fn the_canonical_form_is_pinned() {
         let mut canon = Canon::default();
-        canon.row(b"", &Node::Dir { subdirs: 1 });
-        canon.row(b"bin", &Node::Dir { subdirs: 0 });
+        canon.row(b"", &Node::Dir { subdirs: 1 }, None);
+        canon.row(b"bin", &Node::Dir { subdirs: 0 }, None);
         let digest = Digest::of(b"#!/bin/sh\n");
-        canon.row(b"bin/tool", &Node::File { size: 10, executable: true, digest, place: Place::Pack { offset: 7 } });
-        canon.row(b"lib64", &Node::Symlink { target: b"lib".to_vec() });
-        let expected = "aec2e8dc2d8a954bb4348fa4381f58c910d125c12850e5f3a0d7633dc84496e2";
+        canon.row(
+            b"bin/tool",
+            &Node::File { size: 10, executable: true, digest, place: Place::Pack { offset: 7 } },
+            None,
+        );
+        let large = vec![7u8; crate::store::CHUNK_SIZE as usize + 1];
+        let node =
+            Node::File { size: large.len() as u64, executable: false, digest: Digest::of(&large), place: Place::Blob };
+        canon.row(b"lib.so", &node, Some(&Chunks::of(&large)));
+        canon.row(b"lib64", &Node::Symlink { target: b"lib".to_vec() }, None);
+        let expected = "432956f8bfa4b9bc7edc58157a0f31fe69edbb543d623ff743cc97fd8ffc20c8";
         assert_eq!(canon.finish().to_string(), expected);
     }
 }

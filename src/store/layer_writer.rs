@@ -11,11 +11,13 @@ use rayon::prelude::*;
 use rusqlite::{Connection, MAIN_DB};
 
 use super::catalog::{CATALOG_FORMAT, SCHEMA};
+use super::chunks::{CHUNK_SIZE, ChunkHasher, Chunks};
 use super::layer::{Canon, LayerDoc, LayerMeta, SMALL_FILE_MAX};
-use super::publish::{self, Trust, hash_file};
+use super::publish::{self, Trust, hash_chunks};
 use super::row::{Node, Place, is_component};
-use super::{Store, to_json};
-use crate::environment::{Digest, Hasher};
+use super::spine::spine;
+use super::{LayerKind, Store, to_json};
+use crate::environment::Digest;
 use crate::error::{Error, IoContext, Kind, Result};
 
 /// First bytes of a pack, so that `file` and people can tell what it is.
@@ -93,6 +95,8 @@ fn is_small(node: &Node) -> bool {
 
 struct Prepared {
     node: Node,
+    /// Of a file that has more than one.
+    chunks: Option<Chunks>,
     content: Option<Content>,
 }
 
@@ -124,7 +128,7 @@ impl<'a> LayerWriter<'a> {
 
         let mut canon = Canon::default();
         for (path, row) in &rows {
-            canon.row(path, &row.node);
+            canon.row(path, &row.node, row.chunks.as_ref());
         }
         let digest = canon.finish();
         if self.trust == Trust::Length
@@ -136,16 +140,21 @@ impl<'a> LayerWriter<'a> {
 
         let blobs = self.write_blobs(&rows)?;
         let pack = self.write_pack(&mut rows)?;
-        let catalog = catalog_bytes(&digest, pack.as_ref(), &rows)?;
-        let path = self.store.catalog_path(&digest);
-        // Another SQLite version may have written other bytes with the same rows: either will do.
-        publish::bytes_or_repair(self.store.root(), &path, &catalog, || {
-            let there = self.store.catalog(&digest);
-            there.is_ok_and(|c| c.pack() == pack.as_ref() && (self.trust == Trust::Length || c.verify().is_ok()))
-        })?;
+        let bytes = catalog_bytes(&digest, pack.as_ref(), &rows)?;
+        // Another SQLite version may have written other bytes with the same rows: the document says whose are used.
+        let catalog = Digest::of(&bytes);
+        publish::ensure_bytes(self.store.root(), &self.store.catalog_path(&catalog), &bytes, &catalog, self.trust)?;
 
         let files = rows.iter().filter(|(_, r)| matches!(r.node, Node::File { .. })).count() as u32;
-        let bytes = rows.iter().map(|(_, r)| if let Node::File { size, .. } = r.node { size } else { 0 }).sum();
+        let total = rows.iter().map(|(_, r)| if let Node::File { size, .. } = r.node { size } else { 0 }).sum();
+        // An interpreter's tree is shown as it is, beside the others.
+        let spine = match meta.kind {
+            LayerKind::Interpreter => Vec::new(),
+            _ => {
+                let parents = parents(&rows);
+                spine(rows.iter().zip(parents).map(|((path, row), parent)| (path.as_slice(), &row.node, parent)))
+            }
+        };
         let doc = LayerDoc {
             format: 1,
             digest,
@@ -153,12 +162,19 @@ impl<'a> LayerWriter<'a> {
             meta,
             rows: rows.len() as u32,
             files,
-            bytes,
-            pack,
+            bytes: total,
+            catalog,
+            catalog_size: bytes.len() as u64,
+            pack: pack.as_ref().map(|pack| pack.digest),
+            pack_size: pack.as_ref().map_or(0, |pack| pack.size),
             blobs,
+            spine,
         };
         let path = self.store.layer_path(&digest);
-        publish::bytes_or_repair(self.store.root(), &path, &to_json(&doc)?, || self.store.layer(&digest).is_ok())?;
+        // Where another document names another catalog, that one is as good, if it is there.
+        publish::bytes_or_repair(self.store.root(), &path, &to_json(&doc)?, || {
+            self.store.layer(&digest).is_ok_and(|there| there.catalog == catalog || self.store.has_objects_of(&there))
+        })?;
         self.store.layer(&digest)
     }
 
@@ -180,13 +196,13 @@ impl<'a> LayerWriter<'a> {
     }
 
     /// Writes the small files one after the other, in order of path, equal ones once; gives each its offset.
-    fn write_pack(&self, rows: &mut [(Vec<u8>, Prepared)]) -> Result<Option<Digest>> {
+    fn write_pack(&self, rows: &mut [(Vec<u8>, Prepared)]) -> Result<Option<Pack>> {
         if !rows.iter().any(|(_, row)| is_small(&row.node)) {
             return Ok(None);
         }
         let mut temporary = publish::Temporary::create(self.store.root())?;
         let tmp_path = temporary.path().to_path_buf();
-        let mut hasher = Hasher::default();
+        let mut hasher = ChunkHasher::default();
         let mut at = 0u64; // length so far
         let mut seen: HashMap<Digest, u64> = HashMap::new();
         {
@@ -215,11 +231,18 @@ impl<'a> LayerWriter<'a> {
             }
             out.flush().at("writing", &tmp_path)?;
         }
-        let digest = hasher.finish();
+        let (digest, chunks) = hasher.finish();
         let target = self.store.pack_path(&digest);
         temporary.link_or_repair(&target, || publish::is_sound(&target, at, &digest, self.trust))?;
-        Ok(Some(digest))
+        Ok(Some(Pack { digest, size: at, chunks }))
     }
+}
+
+/// The small files of a layer, written.
+struct Pack {
+    digest: Digest,
+    size: u64,
+    chunks: Chunks,
 }
 
 /// Orders paths component by component, so that a directory's content directly follows it.
@@ -267,33 +290,49 @@ fn complete_tree(staged: Vec<Staged>) -> Result<BTreeMap<Vec<u8>, StagedKind>> {
 }
 
 fn prepare(path: &[u8], kind: StagedKind) -> Result<Prepared> {
-    let file = |size: u64, executable: bool, digest: Digest, content: Content| Prepared {
+    let file = |size: u64, executable: bool, (digest, chunks): (Digest, Chunks), content: Content| Prepared {
         node: Node::File { size, executable, digest, place: Place::Blob },
+        chunks: Some(chunks).filter(|_| size > CHUNK_SIZE),
         content: Some(content),
     };
     Ok(match kind {
-        StagedKind::Dir => Prepared { node: Node::Dir { subdirs: 0 }, content: None },
+        StagedKind::Dir => Prepared { node: Node::Dir { subdirs: 0 }, chunks: None, content: None },
         StagedKind::Symlink { target } => {
             if target.is_empty() || target.len() >= 4096 || target.contains(&0) {
                 return Err(invalid(path, "is a symbolic link with a bad target"));
             }
-            Prepared { node: Node::Symlink { target }, content: None }
+            Prepared { node: Node::Symlink { target }, chunks: None, content: None }
         }
         StagedKind::Bytes { content, executable } => {
-            file(content.len() as u64, executable, Digest::of(&content), Content::Bytes(content))
+            file(content.len() as u64, executable, hash_bytes(&content), Content::Bytes(content))
         }
         StagedKind::File { source, executable } => {
             let size = fs::symlink_metadata(&source).at("reading", &source)?.len();
             // Small files are read again for the pack: a layer may have many times more of them than there is memory.
-            let (size, digest) = if size <= SMALL_FILE_MAX {
+            let (size, digests) = if size <= SMALL_FILE_MAX {
                 let bytes = fs::read(&source).at("reading", &source)?;
-                (bytes.len() as u64, Digest::of(&bytes))
+                (bytes.len() as u64, hash_bytes(&bytes))
             } else {
-                hash_file(&source)?
+                hash_chunks(&source)?
             };
-            file(size, executable, digest, Content::File(source))
+            file(size, executable, digests, Content::File(source))
         }
     })
+}
+
+fn hash_bytes(bytes: &[u8]) -> (Digest, Chunks) {
+    match bytes.len() as u64 {
+        // The chunk is the file: hashed once.
+        0..=CHUNK_SIZE => {
+            let digest = Digest::of(bytes);
+            (digest, Chunks::single(digest))
+        }
+        _ => {
+            let mut hasher = ChunkHasher::default();
+            hasher.update(bytes);
+            hasher.finish()
+        }
+    }
 }
 
 /// Index of the parent of each row; rows are sorted, the root first.
@@ -323,7 +362,7 @@ fn count_subdirs(rows: &mut [(Vec<u8>, Prepared)]) {
 }
 
 /// A catalog, built in memory: SQLite never works on the store itself.
-fn catalog_bytes(layer: &Digest, pack: Option<&Digest>, rows: &[(Vec<u8>, Prepared)]) -> Result<Vec<u8>> {
+fn catalog_bytes(layer: &Digest, pack: Option<&Pack>, rows: &[(Vec<u8>, Prepared)]) -> Result<Vec<u8>> {
     let sql = |e: rusqlite::Error| Error::new(Kind::Failed, "a catalog cannot be built").with_source(e);
     let mut db = Connection::open_in_memory().map_err(sql)?;
     db.execute_batch(SCHEMA).map_err(sql)?;
@@ -334,7 +373,19 @@ fn catalog_bytes(layer: &Digest, pack: Option<&Digest>, rows: &[(Vec<u8>, Prepar
         meta.execute(("layer", layer.to_string())).map_err(sql)?;
         meta.execute(("rows", rows.len() as i64)).map_err(sql)?;
         if let Some(pack) = pack {
-            meta.execute(("pack", pack.to_string())).map_err(sql)?;
+            meta.execute(("pack", pack.digest.to_string())).map_err(sql)?;
+            meta.execute(("pack_size", pack.size as i64)).map_err(sql)?;
+        }
+        let mut chunk = transaction.prepare("INSERT OR IGNORE INTO chunk VALUES (?1, ?2)").map_err(sql)?;
+        let mut insert_chunks =
+            |object: &Digest, chunks: &Chunks| chunk.execute((object.as_bytes(), chunks.to_bytes())).map_err(sql);
+        if let Some(pack) = pack {
+            insert_chunks(&pack.digest, &pack.chunks)?;
+        }
+        for (_, row) in rows {
+            if let (Node::File { digest, .. }, Some(chunks)) = (&row.node, &row.chunks) {
+                insert_chunks(digest, chunks)?;
+            }
         }
         let parents = parents(rows);
         let mut insert =
@@ -447,7 +498,7 @@ mod tests {
         let store = Store::init(dir.path()).unwrap();
         let files = (0..500).map(|i| text(&format!("lib/{i}.py"), &format!("{i}"))).collect();
         let doc = LayerWriter::new(&store).write(meta("x"), files).unwrap();
-        let path = store.catalog_path(&doc.digest);
+        let path = store.catalog_path(&doc.catalog);
         let bytes = fs::read(&path).unwrap();
         for keep in [0, 50, 4096, bytes.len() - 1] {
             fs::remove_file(&path).unwrap();
@@ -466,7 +517,7 @@ mod tests {
         let doc = LayerWriter::new(&store).write(meta("x"), files()).unwrap();
         let pack = store.pack_path(&doc.pack.unwrap());
         let blob = store.blob_path(&doc.blobs[0]);
-        let catalog = store.catalog_path(&doc.digest);
+        let catalog = store.catalog_path(&doc.catalog);
         let all = [pack, blob, catalog, store.layer_path(&doc.digest)];
         let is_whole = || store.fsck(&|_, _| {}).unwrap().is_clean() && all.iter().all(|p| p.exists());
         for path in &all {

@@ -10,6 +10,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::chunks::{CHUNK_SIZE, ChunkHasher, Chunks};
 use crate::environment::{Digest, Hasher};
 use crate::error::{Error, IoContext, Kind, Result};
 
@@ -199,17 +200,40 @@ pub(super) fn hash_file(path: &Path) -> Result<(u64, Digest)> {
     copy_hashing(&mut File::open(path).at("opening", path)?, path, |_| Ok(()))
 }
 
+/// Length of a file, its sha256 and those of its chunks.
+pub(super) fn hash_chunks(path: &Path) -> Result<(u64, (Digest, Chunks))> {
+    let mut file = File::open(path).at("opening", path)?;
+    if file.metadata().at("reading", path)?.len() <= CHUNK_SIZE {
+        let (size, digest) = copy_hashing(&mut file, path, |_| Ok(()))?;
+        return Ok((size, (digest, Chunks::single(digest))));
+    }
+    let mut hasher = ChunkHasher::default();
+    let size = read_through(&mut file, path, |bytes| {
+        hasher.update(bytes);
+        Ok(())
+    })?;
+    Ok((size, hasher.finish()))
+}
+
 /// Hands everything in `input` (the file at `path`) to `take`, piece by piece; returns its length and sha256.
 fn copy_hashing(input: &mut File, path: &Path, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<(u64, Digest)> {
     let mut hasher = Hasher::default();
+    let size = read_through(input, path, |bytes| {
+        hasher.update(bytes);
+        take(bytes)
+    })?;
+    Ok((size, hasher.finish()))
+}
+
+/// Hands everything in `input` (the file at `path`) to `take`, piece by piece; returns its length.
+fn read_through(input: &mut File, path: &Path, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<u64> {
     let mut buffer = vec![0u8; 1 << 20];
     let mut size = 0;
     loop {
         let n = input.read(&mut buffer).at("reading", path)?;
         if n == 0 {
-            return Ok((size, hasher.finish()));
+            return Ok(size);
         }
-        hasher.update(&buffer[..n]);
         take(&buffer[..n])?;
         size += n as u64;
     }

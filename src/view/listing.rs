@@ -129,23 +129,7 @@ impl Tree {
     pub fn entry_attr(&self, listing: &Listing, at: usize) -> Result<Attr> {
         if let (Rest::Lasting(content, created), Some(at)) = (&listing.rest, at.checked_sub(2)) {
             let entry = content.entries.get(at).ok_or_else(gone)?;
-            let plain = Attr {
-                ino: entry.ino,
-                kind: FileKind::File,
-                size: 0,
-                mode: 0o644,
-                nlink: 1,
-                mtime: (FILE_MTIME, 0),
-                lasting: true,
-            };
-            match entry.what {
-                What::File { size, executable } => {
-                    return Ok(Attr { size, mode: if executable { 0o755 } else { 0o644 }, ..plain });
-                }
-                What::Symlink { size } => return Ok(Attr { kind: FileKind::Symlink, size, mode: 0o777, ..plain }),
-                What::Dir { subdirs: Some(subdirs), .. } => return Ok(lasting_dir(entry.ino, subdirs, *created)),
-                What::Dir { .. } | What::Special(_) => return self.attr(entry.ino),
-            }
+            return entry.attr(*created).map_or_else(|| self.attr(entry.ino), Ok);
         }
         let entry = listing.get(at).ok_or_else(gone)?;
         match entry.ino.decode() {

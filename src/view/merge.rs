@@ -8,9 +8,10 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::Tree;
 use super::inode::{Ino, MADE_UP_BIN, Object, Special};
+use super::names::Time;
 use super::version::{Layers, Part, VersionView, damaged, gone, more_rows};
+use super::{Attr, FileKind, Tree, lasting_dir, lasting_file};
 use crate::environment::Digest;
 use crate::error::{Error, Result};
 use crate::store::{Catalog, Node, Row, RowId, ScannedKind};
@@ -83,7 +84,9 @@ pub(super) enum Child {
     Dir(Arc<MergedDir>),
     /// A file or link whose row was read on the way.
     Leaf(Ino, Row),
-    /// A file or link.
+    /// A file or link of which all is known.
+    Known(Attr),
+    /// Something else.
     Other(Ino),
 }
 
@@ -197,7 +200,7 @@ impl Tree {
                 self.keep(view, &below);
                 Child::Dir(below)
             }
-            _ => Child::Other(entry.ino),
+            _ => entry.attr(view.created()).map_or(Child::Other(entry.ino), Child::Known),
         }))
     }
 
@@ -242,6 +245,11 @@ impl Tree {
 
     /// Everything that one layer has in a directory: names, row numbers, kinds.
     fn scan_dir(&self, layers: &Layers, part: Part) -> Result<Vec<Named>> {
+        let doc = layers.docs.get(part.ord as usize).ok_or_else(gone)?;
+        if let Some(dir) = doc.spine.iter().find(|dir| dir.row == part.row) {
+            let named = |(name, row, kind): (&str, RowId, ScannedKind)| (name.as_bytes().into(), row, kind);
+            return Ok(dir.scanned().map(named).collect());
+        }
         self.with_catalog(layers.digest(part.ord)?, |catalog| {
             let mut rows = Vec::new();
             catalog.scan_dir(part.row, |row| rows.push((row.name.into(), row.id, row.kind)))?;
@@ -336,9 +344,9 @@ impl Tree {
 
     fn try_catalog<T>(&self, layer: &Digest, f: &impl Fn(&Catalog) -> Result<T>) -> Result<T> {
         let catalog = self.catalogs.get_or(*layer, || {
-            let catalog = self.store.catalog(layer).map_err(damaged)?;
-            // Directories are numbered by what the documents count.
             let doc = self.index.layer(&self.store, layer).map_err(damaged)?;
+            let catalog = self.store.catalog_of(&doc).map_err(damaged)?;
+            // Directories are numbered by what the documents count.
             if doc.rows != catalog.len() {
                 return Err(more_rows(&doc));
             }
@@ -350,6 +358,23 @@ impl Tree {
             self.catalogs.remove(layer);
         }
         result
+    }
+}
+
+impl Entry {
+    /// Its attributes in a version that was published at `created`, where they need no further look.
+    pub(super) fn attr(&self, created: Time) -> Option<Attr> {
+        match self.what {
+            What::File { size, executable } => {
+                let mode = if executable { 0o755 } else { 0o644 };
+                Some(Attr { mode, ..lasting_file(self.ino, size) })
+            }
+            What::Symlink { size } => {
+                Some(Attr { kind: FileKind::Symlink, mode: 0o777, ..lasting_file(self.ino, size) })
+            }
+            What::Dir { subdirs: Some(subdirs), .. } => Some(lasting_dir(self.ino, subdirs, created)),
+            What::Dir { .. } | What::Special(_) => None,
+        }
     }
 }
 

@@ -131,9 +131,12 @@ impl VersionView {
         format!("{}@{}", self.version.environment, self.version.number)
     }
 
-    /// When it was published; the modification time of every directory in it.
+    /// When it was published; the modification time of every directory in it. Two versions of one environment differ,
+    /// even if they were published in the same second: a running interpreter that meets the other one under a moving
+    /// name must not take its own listing for that one's. CPython compares floats, so a microsecond is the least step.
     pub(super) fn created(&self) -> Time {
-        (self.version.created.as_second(), self.version.created.subsec_nanosecond().unsigned_abs())
+        let steps = (self.version.number % 1_000_000) as u32 * 1_000;
+        (self.version.created.as_second(), steps)
     }
 
     /// `metadata.json`: the version's document and what its layers are called.

@@ -145,6 +145,7 @@ impl Fixture {
             },
             scaffold: self.scaffold,
             layers,
+            summaries: vec![],
             lock: Some(document("pylock.toml", "lock-version = \"1.0\"\n")),
             pyproject: Some(document("pyproject.toml", "[project]\nname = \"x\"\n")),
             source: Source::Requirements { requirements: vec!["alpha".into()], files: vec![] },

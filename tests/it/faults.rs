@@ -164,7 +164,7 @@ fn a_store_of_a_newer_format_is_left_alone_and_says_so() {
     let path = world.store().join("fabric.json");
     let original = fs::read_to_string(&path).unwrap();
     let newer = [
-        original.replace("\"format\":1", "\"format\":99"),
+        original.replace("\"format\":2", "\"format\":99"),
         original.replace("raw-packs", "packs-of-the-future"),
         "{\"format\": 12, \"everything\": \"else changed\"}".to_string(),
     ];
@@ -190,7 +190,9 @@ fn layer_files(world: &World, name: &str, package: &str) -> (PathBuf, serde_json
     let layer = all.iter().find(|p| p["name"] == package).unwrap()["layer"].as_str().unwrap().to_string();
     let base = world.store().join("layers").join(&layer[..2]);
     let doc = fs::read_to_string(base.join(format!("{layer}.json"))).unwrap();
-    (base.join(format!("{layer}.catalog")), serde_json::from_str(&doc).unwrap())
+    let doc: serde_json::Value = serde_json::from_str(&doc).unwrap();
+    let catalog = doc["catalog"].as_str().unwrap();
+    (world.store().join("catalogs").join(&catalog[..2]).join(catalog), doc)
 }
 
 fn damage(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
@@ -262,7 +264,7 @@ fn a_truncated_catalog_a_missing_blob_and_a_short_pack_are_told_and_harm_nothing
         assert!(text(&output.stderr).contains("Input/output error"), "{output:?}");
         mount.run("damage/b", "import idna");
     }
-    told(".catalog", "damage/a@1");
+    told("catalogs/", "damage/a@1");
     let listed = world.ok(["list"]);
     assert!(listed.contains("damage/a") && listed.contains("damage/b"), "{listed}");
     damage(&six_catalog, |bytes| *bytes = whole);
@@ -274,7 +276,7 @@ fn a_truncated_catalog_a_missing_blob_and_a_short_pack_are_told_and_harm_nothing
     let db = rusqlite::Connection::open(&idna_catalog).unwrap();
     db.execute("UPDATE entry SET size = size + 1 WHERE kind = 1", ()).unwrap();
     drop(db);
-    told(".catalog", "damage/b@1");
+    told("catalogs/", "damage/b@1");
     damage(&idna_catalog, |bytes| *bytes = whole);
     fsck_is_clean(&world);
     let mount = world.mount();
