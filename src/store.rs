@@ -29,6 +29,7 @@ mod fsck;
 mod index;
 mod layer;
 mod layer_writer;
+mod object;
 mod publish;
 mod row;
 mod seal;
@@ -51,8 +52,9 @@ pub use fsck::{Finding, FsckReport, Severity};
 pub use index::Index;
 pub use layer::{Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requirement, SMALL_FILE_MAX};
 pub use layer_writer::{LayerWriter, Staged, StagedKind};
+pub use object::{Object, ObjectFile, Room};
 pub use row::{Node, Place, Row, RowId};
-pub use spine::SpineDir;
+pub use spine::{SpineDir, SpineText};
 pub use summary::documents;
 
 use publish::Trust;
@@ -67,9 +69,21 @@ use crate::error::{Error, IoContext, Kind, Result};
 pub const STORE_FORMAT: u32 = 2;
 
 /// Features that this program understands, of the kind that makes a store unreadable without them.
-const INCOMPATIBLE_KNOWN: &[&str] = &["raw-packs"];
+const INCOMPATIBLE_KNOWN: &[&str] = &[ZSTD_OBJECTS];
 /// Features that this program understands, of the kind that only a writer must know.
 const READ_COMPATIBLE_KNOWN: &[&str] = &[];
+
+/// Feature: objects are compressed ([`Codec::Zstd`]).
+const ZSTD_OBJECTS: &str = "zstd-objects";
+
+/// How objects lie in a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Codec {
+    /// As they are, so that the kernel can read them in place.
+    Raw,
+    /// Chunk by chunk compressed, so that less is fetched.
+    Zstd,
+}
 
 /// `fabric.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,6 +143,11 @@ impl Store {
     /// # Errors
     /// [`Kind::Invalid`] when the directory has other things in it; errors of the file system.
     pub fn init(root: &Path) -> Result<Store> {
+        Store::init_with(root, Codec::Raw)
+    }
+
+    /// The same, with objects that lie there in another way, if it is made.
+    pub fn init_with(root: &Path, codec: Codec) -> Result<Store> {
         if root.join("fabric.json").exists() {
             return Store::open(root);
         }
@@ -160,7 +179,10 @@ impl Store {
             format: STORE_FORMAT,
             id: publish::nonce()?,
             created: now(),
-            features: Features { incompatible: vec!["raw-packs".into()], ..Features::default() },
+            features: Features {
+                incompatible: [ZSTD_OBJECTS].into_iter().filter(|_| codec == Codec::Zstd).map(String::from).collect(),
+                ..Features::default()
+            },
         };
         let bytes = to_json(&fabric)?;
         // Another `init` may win: then its store is the store.
@@ -223,6 +245,25 @@ impl Store {
     /// What `fabric.json` says.
     pub fn fabric(&self) -> &Fabric {
         &self.fabric
+    }
+
+    /// Files up to this many bytes travel together in their layer's pack; larger ones are blobs.
+    ///
+    /// Where the kernel can read blobs in place, everything that a process maps should be one; where they are fetched,
+    /// each costs several requests. (docs/benchmarks.md)
+    pub(super) fn small_file_max(&self) -> u64 {
+        match self.codec() {
+            Codec::Raw => SMALL_FILE_MAX,
+            Codec::Zstd => 1 << 20,
+        }
+    }
+
+    /// How objects lie here.
+    pub fn codec(&self) -> Codec {
+        match self.fabric.features.incompatible.iter().any(|feature| feature == ZSTD_OBJECTS) {
+            true => Codec::Zstd,
+            false => Codec::Raw,
+        }
     }
 
     /// Fails when the store is not there any more, or another was put in its place: then nothing that is missing was
@@ -288,7 +329,7 @@ impl Store {
     pub fn ensure_blob(&self, bytes: &[u8]) -> Result<Digest> {
         self.require_writable()?;
         let digest = Digest::of(bytes);
-        publish::ensure_bytes(&self.root, &self.blob_path(&digest), bytes, &digest, Trust::Length)?;
+        self.ensure_bytes(Room::Blobs, bytes, &digest, Trust::Length)?;
         Ok(digest)
     }
 
@@ -302,9 +343,9 @@ impl Store {
                 blobs.insert(digest, size);
             }
         }
-        let length = |path: PathBuf| fs::File::open(path).and_then(|f| f.metadata()).map(|m| m.len()).ok();
-        doc.pack.is_none_or(|pack| length(self.pack_path(&pack)).is_some_and(|n| n == doc.pack_size))
-            && blobs.iter().all(|(blob, size)| length(self.blob_path(blob)) == Some(*size))
+        let is_there = |room, digest, size| self.has_object(&Object { room, digest, size }, Trust::Length);
+        doc.pack.is_none_or(|pack| is_there(Room::Packs, pack, doc.pack_size))
+            && blobs.into_iter().all(|(blob, size)| is_there(Room::Blobs, blob, size))
     }
 
     /// True when the documents of all `layers` are there.
@@ -315,13 +356,15 @@ impl Store {
 
     /// True when the blob of `document` is there, as far as its length tells.
     pub(crate) fn has_document(&self, document: &Document) -> bool {
-        publish::is_sound(&self.blob_path(&document.blob), document.size, &document.blob, Trust::Length)
+        let object = Object { room: Room::Blobs, digest: document.blob, size: document.size };
+        self.has_object(&object, Trust::Length)
     }
 
     /// The bytes of a blob that is known to be small (a lock, a document), verified.
     pub fn read_blob(&self, digest: &Digest) -> Result<Vec<u8>> {
         let path = self.blob_path(digest);
-        let bytes = publish::read(&path)?;
+        let read = || ObjectFile::open_named(self, Room::Blobs, *digest)?.read();
+        let bytes = publish::again_if_stale(read)?;
         if Digest::of(&bytes) != *digest {
             return Err(Error::new(
                 Kind::Corrupt,
@@ -351,7 +394,13 @@ impl Store {
 
     /// Opens the catalog of the layer with this document.
     pub fn catalog_of(&self, doc: &LayerDoc) -> Result<Catalog> {
-        Catalog::open(&self.catalog_path(&doc.catalog), &doc.digest)
+        match self.codec() {
+            Codec::Raw => Catalog::open(&self.catalog_path(&doc.catalog), &doc.digest),
+            Codec::Zstd => {
+                let object = doc.catalog_object();
+                Catalog::of_bytes(ObjectFile::open(self, &object)?.read()?, &self.object_path(&object), &doc.digest)
+            }
+        }
     }
 
     /// The layer that a key stands for, if one was built and is there.

@@ -67,6 +67,23 @@ impl Catalog {
         let damaged = |source: rusqlite::Error| corrupt(path, "cannot be read").with_source(source);
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
         let db = Connection::open_with_flags(immutable_uri(path), flags).map_err(damaged)?;
+        Catalog::of_connection(db, path, layer)
+    }
+
+    /// A catalog whose file has these bytes; `path` is where they come from.
+    ///
+    /// # Errors
+    /// As [`Catalog::open`].
+    pub fn of_bytes(bytes: Vec<u8>, path: &Path, layer: &Digest) -> Result<Catalog> {
+        let damaged = |source: rusqlite::Error| corrupt(path, "cannot be read").with_source(source);
+        let mut db = Connection::open_in_memory().map_err(damaged)?;
+        let length = bytes.len();
+        db.deserialize_read_exact(rusqlite::MAIN_DB, &*bytes, length, true).map_err(damaged)?;
+        Catalog::of_connection(db, path, layer)
+    }
+
+    fn of_connection(db: Connection, path: &Path, layer: &Digest) -> Result<Catalog> {
+        let damaged = |source: rusqlite::Error| corrupt(path, "cannot be read").with_source(source);
         db.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true).map_err(damaged)?;
         db.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false).map_err(damaged)?;
         // Or SQLite prepares a statement anew whenever it is given another value, which takes longer than the answer.

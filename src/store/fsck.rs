@@ -1,17 +1,16 @@
 //! Checks every object of a store against its name, and every reference against what is there.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::Serialize;
 
 use super::layer_writer::PACK_MAGIC;
-use super::publish::hash_file;
+use super::object::{ObjectFile, Room};
 use super::{Node, Place, Store, StoredInterpreter, list_names, read_json};
 use crate::environment::{Digest, EnvName};
-use crate::error::{IoContext, Kind, Result};
+use crate::error::{Kind, Result};
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -84,10 +83,10 @@ impl Store {
         report: &mut FsckReport,
         progress: &(dyn Fn(usize, usize) + Sync),
     ) -> Result<BTreeMap<(&'static str, Digest), u64>> {
-        let mut files: Vec<(&'static str, PathBuf)> = Vec::new();
-        for room in ["blobs", "packs", "catalogs"] {
-            for shard in list_names(&self.root.join(room))? {
-                let dir = self.root.join(room).join(shard);
+        let mut files: Vec<(Room, PathBuf)> = Vec::new();
+        for room in Room::ALL {
+            for shard in list_names(&self.root.join(room.name()))? {
+                let dir = self.root.join(room.name()).join(shard);
                 files.extend(list_names(&dir)?.into_iter().map(|name| (room, dir.join(name))));
             }
         }
@@ -96,7 +95,7 @@ impl Store {
         let checked: Vec<_> = files
             .par_iter()
             .map(|(room, path)| {
-                let result = check_object(room, path);
+                let result = self.check_object(*room, path);
                 progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, total);
                 (*room, path, result)
             })
@@ -107,7 +106,7 @@ impl Store {
                 Ok((digest, size)) => {
                     report.objects += 1;
                     report.bytes += size;
-                    sound.insert((room, digest), size);
+                    sound.insert((room.name(), digest), size);
                 }
                 Err(problem) => report.findings.push(error(self.relative(path), problem)),
             }
@@ -294,26 +293,23 @@ impl Store {
         Ok(())
     }
 
+    fn check_object(&self, room: Room, path: &Path) -> Result<(Digest, u64), String> {
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let expected: Digest = name.parse().map_err(|_| "is not ours".to_string())?;
+        let told = |e: crate::error::Error| e.chain();
+        let object = ObjectFile::open_named(self, room, expected).map_err(told)?;
+        if object.hash().map_err(told)? != expected {
+            return Err("does not have the bytes of its name".into());
+        }
+        if room == Room::Packs && !object.read_chunks(0, 1).map_err(told)?.0.starts_with(PACK_MAGIC) {
+            return Err("is not a pack".into());
+        }
+        Ok((expected, object.size()))
+    }
+
     fn relative(&self, path: &Path) -> String {
         path.strip_prefix(&self.root).unwrap_or(path).display().to_string()
     }
-}
-
-fn check_object(room: &str, path: &Path) -> Result<(Digest, u64), String> {
-    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-    let expected: Digest = name.parse().map_err(|_| "is not ours".to_string())?;
-    let (size, digest) = hash_file(path).map_err(|e| e.chain())?;
-    if digest != expected {
-        return Err("does not have the bytes of its name".into());
-    }
-    if room == "packs" {
-        let mut magic = [0u8; PACK_MAGIC.len()];
-        let read = fs::File::open(path).and_then(|mut f| std::io::Read::read_exact(&mut f, &mut magic));
-        if read.at("reading", path).is_err() || &magic != PACK_MAGIC {
-            return Err("is not a pack".into());
-        }
-    }
-    Ok((digest, size))
 }
 
 fn error(object: String, problem: String) -> Finding {

@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::chunks::Chunks;
+use super::object::{Object, Room};
 use super::row::Node;
-use super::spine::SpineDir;
+use super::spine::{SpineDir, SpineText};
 use crate::environment::{Digest, Hasher};
 
 /// The modification time of every file in every layer, in seconds: 2000-01-01 00:00:00 UTC.
@@ -17,7 +18,7 @@ use crate::environment::{Digest, Hasher};
 /// Bytecode is compiled against it. Late enough to be representable in a zip file in every time zone.
 pub const FILE_MTIME: i64 = 946_684_800;
 
-/// Files up to this many bytes travel together in the layer's pack; larger ones are blobs.
+/// Files up to this many bytes travel together in the layer's pack, in a store with raw objects; larger ones are blobs.
 pub const SMALL_FILE_MAX: u64 = 128 * 1024;
 
 /// What sort of layer.
@@ -97,6 +98,21 @@ pub struct LayerDoc {
     /// Directories that other layers may have too.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub spine: Vec<SpineDir>,
+    /// Small files that are read together with those of other layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub texts: Vec<SpineText>,
+}
+
+impl LayerDoc {
+    /// Its catalog.
+    pub fn catalog_object(&self) -> Object {
+        Object { room: Room::Catalogs, digest: self.catalog, size: self.catalog_size }
+    }
+
+    /// Its pack.
+    pub fn pack_object(&self) -> Option<Object> {
+        self.pack.map(|digest| Object { room: Room::Packs, digest, size: self.pack_size })
+    }
 }
 
 #[cfg(test)]
@@ -117,6 +133,7 @@ impl LayerDoc {
             blobs: vec![],
             claims: vec![],
             spine: vec![],
+            texts: vec![],
         }
     }
 }

@@ -4,7 +4,6 @@ use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
-use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 
 use rayon::prelude::*;
@@ -13,9 +12,10 @@ use rusqlite::{Connection, MAIN_DB};
 use super::catalog::{CATALOG_FORMAT, SCHEMA};
 use super::chunks::{CHUNK_SIZE, ChunkHasher, Chunks};
 use super::layer::{Canon, LayerDoc, LayerMeta, SMALL_FILE_MAX};
+use super::object::{Object, ObjectWriter, Room};
 use super::publish::{self, Trust, hash_chunks};
 use super::row::{Node, Place, is_component};
-use super::spine::spine;
+use super::spine::{SpineText, TEXT_MAX, is_text, spine};
 use super::{LayerKind, Store, to_json};
 use crate::environment::Digest;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -88,11 +88,6 @@ impl Content {
     }
 }
 
-/// True for a file that goes into the pack.
-fn is_small(node: &Node) -> bool {
-    matches!(node, Node::File { size, .. } if *size <= SMALL_FILE_MAX)
-}
-
 struct Prepared {
     node: Node,
     /// Of a file that has more than one.
@@ -143,7 +138,7 @@ impl<'a> LayerWriter<'a> {
         let bytes = catalog_bytes(&digest, pack.as_ref(), &rows)?;
         // Another SQLite version may have written other bytes with the same rows: the document says whose are used.
         let catalog = Digest::of(&bytes);
-        publish::ensure_bytes(self.store.root(), &self.store.catalog_path(&catalog), &bytes, &catalog, self.trust)?;
+        self.store.ensure_bytes(Room::Catalogs, &bytes, &catalog, self.trust)?;
 
         let files = rows.iter().filter(|(_, r)| matches!(r.node, Node::File { .. })).count() as u32;
         let total = rows.iter().map(|(_, r)| if let Node::File { size, .. } = r.node { size } else { 0 }).sum();
@@ -155,6 +150,7 @@ impl<'a> LayerWriter<'a> {
                 spine(rows.iter().zip(parents).map(|((path, row), parent)| (path.as_slice(), &row.node, parent)))
             }
         };
+        let texts = self.texts(&rows)?;
         let doc = LayerDoc {
             format: 1,
             digest,
@@ -169,6 +165,7 @@ impl<'a> LayerWriter<'a> {
             pack_size: pack.as_ref().map_or(0, |pack| pack.size),
             blobs,
             spine,
+            texts,
         };
         let path = self.store.layer_path(&digest);
         // Where another document names another catalog, that one is as good, if it is there.
@@ -178,16 +175,34 @@ impl<'a> LayerWriter<'a> {
         self.store.layer(&digest)
     }
 
+    fn texts(&self, rows: &[(Vec<u8>, Prepared)]) -> Result<Vec<SpineText>> {
+        let mut texts = Vec::new();
+        for (row, (path, prepared)) in rows.iter().enumerate() {
+            if let (Node::File { size, digest, .. }, Some(content)) = (&prepared.node, &prepared.content)
+                && is_text(path)
+                && *size <= TEXT_MAX
+                && let Ok(text) = String::from_utf8(content.read(digest)?.into_owned())
+            {
+                texts.push(SpineText { row: row as u32, text });
+            }
+        }
+        Ok(texts)
+    }
+
+    /// True for a file that goes into the pack.
+    fn is_small(&self, node: &Node) -> bool {
+        matches!(node, Node::File { size, .. } if *size <= self.store.small_file_max())
+    }
+
     fn write_blobs(&self, rows: &[(Vec<u8>, Prepared)]) -> Result<Vec<Digest>> {
         let blobs = rows
             .par_iter()
-            .filter(|(_, row)| !is_small(&row.node))
+            .filter(|(_, row)| !self.is_small(&row.node))
             .filter_map(|(_, row)| {
                 let (Node::File { digest, .. }, Some(content)) = (&row.node, &row.content) else { return None };
-                let (root, target) = (self.store.root(), self.store.blob_path(digest));
                 let done = match content {
-                    Content::File(source) => publish::ensure_file(root, &target, source, digest, self.trust),
-                    Content::Bytes(bytes) => publish::ensure_bytes(root, &target, bytes, digest, self.trust),
+                    Content::File(source) => self.store.ensure_file(Room::Blobs, source, digest, self.trust),
+                    Content::Bytes(bytes) => self.store.ensure_bytes(Room::Blobs, bytes, digest, self.trust),
                 };
                 Some(done.map(|()| *digest))
             })
@@ -197,25 +212,23 @@ impl<'a> LayerWriter<'a> {
 
     /// Writes the small files one after the other, in order of path, equal ones once; gives each its offset.
     fn write_pack(&self, rows: &mut [(Vec<u8>, Prepared)]) -> Result<Option<Pack>> {
-        if !rows.iter().any(|(_, row)| is_small(&row.node)) {
+        if !rows.iter().any(|(_, row)| self.is_small(&row.node)) {
             return Ok(None);
         }
-        let mut temporary = publish::Temporary::create(self.store.root())?;
-        let tmp_path = temporary.path().to_path_buf();
+        let mut writer = ObjectWriter::new(self.store)?;
         let mut hasher = ChunkHasher::default();
         let mut at = 0u64; // length so far
         let mut seen: HashMap<Digest, u64> = HashMap::new();
         {
-            let mut out = BufWriter::with_capacity(1 << 20, temporary.file());
             let mut put = |bytes: &[u8]| -> Result<u64> {
                 hasher.update(bytes);
-                out.write_all(bytes).at("writing", &tmp_path)?;
+                writer.write(bytes)?;
                 at += bytes.len() as u64;
                 Ok(at - bytes.len() as u64)
             };
             put(PACK_MAGIC)?;
             for (_, row) in rows.iter_mut() {
-                if !is_small(&row.node) {
+                if !self.is_small(&row.node) {
                     continue;
                 }
                 let (Node::File { digest, place, .. }, Some(content)) = (&mut row.node, &row.content) else { continue };
@@ -229,11 +242,9 @@ impl<'a> LayerWriter<'a> {
                 };
                 *place = Place::Pack { offset };
             }
-            out.flush().at("writing", &tmp_path)?;
         }
         let (digest, chunks) = hasher.finish();
-        let target = self.store.pack_path(&digest);
-        temporary.link_or_repair(&target, || publish::is_sound(&target, at, &digest, self.trust))?;
+        writer.publish(&Object { room: Room::Packs, digest, size: at }, self.trust)?;
         Ok(Some(Pack { digest, size: at, chunks }))
     }
 }

@@ -21,13 +21,18 @@ pub(super) fn nonce() -> Result<String> {
     Ok(hex::encode(bytes))
 }
 
-/// Reads a whole file; ESTALE is tried again, as a file of the same name may have come since.
+/// Reads a whole file.
 pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
+    again_if_stale(|| fs::read(path).at("reading", path))
+}
+
+/// What `read` says; ESTALE is tried again, as a file of the same name may have come since.
+pub(super) fn again_if_stale<T>(read: impl Fn() -> Result<T>) -> Result<T> {
     let mut tries = 0;
     loop {
-        match fs::read(path) {
-            Err(error) if error.raw_os_error() == Some(libc::ESTALE) && tries < 3 => tries += 1,
-            other => return other.at("reading", path),
+        match read() {
+            Err(error) if error.kind() == Kind::Os(libc::ESTALE) && tries < 3 => tries += 1,
+            other => return other,
         }
     }
 }
@@ -164,42 +169,6 @@ pub(super) enum Trust {
     Nothing,
 }
 
-/// True when the object at `path` may stay: it has `size` bytes, and the right ones as far as `trust` asks.
-pub(super) fn is_sound(path: &Path, size: u64, digest: &Digest, trust: Trust) -> bool {
-    // The open is what revalidates on NFS; the size is asked of the handle.
-    let has_size = File::open(path).and_then(|f| f.metadata()).is_ok_and(|m| m.len() == size);
-    has_size && (trust == Trust::Length || hash_file(path).is_ok_and(|(_, found)| found == *digest))
-}
-
-/// Makes sure that content-addressed `content` is there as `target`.
-pub(super) fn ensure_bytes(root: &Path, target: &Path, content: &[u8], digest: &Digest, trust: Trust) -> Result<()> {
-    let sound = || is_sound(target, content.len() as u64, digest, trust);
-    if sound() { Ok(()) } else { bytes_or_repair(root, target, content, sound) }
-}
-
-/// Makes sure that a content-addressed copy of `source` is there as `target`.
-pub(super) fn ensure_file(root: &Path, target: &Path, source: &Path, digest: &Digest, trust: Trust) -> Result<()> {
-    let mut input = File::open(source).at("opening", source)?;
-    let size = input.metadata().at("reading", source)?.len();
-    let sound = || is_sound(target, size, digest, trust);
-    if sound() {
-        return Ok(());
-    }
-    let mut temporary = Temporary::create(root)?;
-    let path = temporary.path.clone();
-    let (_, copied) = copy_hashing(&mut input, source, |bytes| temporary.file().write_all(bytes).at("writing", &path))?;
-    if copied != *digest {
-        return Err(Error::new(Kind::Failed, format!("{} changed while it was read", source.display()))
-            .hint("run the command again"));
-    }
-    temporary.link_or_repair(target, sound)
-}
-
-/// Length and sha256 of a file.
-pub(super) fn hash_file(path: &Path) -> Result<(u64, Digest)> {
-    copy_hashing(&mut File::open(path).at("opening", path)?, path, |_| Ok(()))
-}
-
 /// Length of a file, its sha256 and those of its chunks.
 pub(super) fn hash_chunks(path: &Path) -> Result<(u64, (Digest, Chunks))> {
     let mut file = File::open(path).at("opening", path)?;
@@ -216,7 +185,11 @@ pub(super) fn hash_chunks(path: &Path) -> Result<(u64, (Digest, Chunks))> {
 }
 
 /// Hands everything in `input` (the file at `path`) to `take`, piece by piece; returns its length and sha256.
-fn copy_hashing(input: &mut File, path: &Path, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<(u64, Digest)> {
+pub(super) fn copy_hashing(
+    input: &mut File,
+    path: &Path,
+    mut take: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<(u64, Digest)> {
     let mut hasher = Hasher::default();
     let size = read_through(input, path, |bytes| {
         hasher.update(bytes);
@@ -250,37 +223,6 @@ mod tests {
         assert!(bytes(root.path(), &target, b"first").unwrap());
         assert!(!bytes(root.path(), &target, b"second").unwrap());
         assert_eq!(fs::read(&target).unwrap(), b"first");
-        assert_eq!(fs::read_dir(root.path().join("tmp")).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn a_copy_that_is_not_what_its_name_says_is_never_published() {
-        let root = tempfile::tempdir().unwrap();
-        let source = root.path().join("source");
-        fs::write(&source, b"changed").unwrap();
-        let digest = Digest::of(b"as it was");
-        let target = root.path().join("blobs/x");
-        assert!(ensure_file(root.path(), &target, &source, &digest, Trust::Length).is_err());
-        assert!(!target.exists());
-    }
-
-    #[test]
-    fn a_damaged_object_is_replaced_by_the_bytes_of_its_name() {
-        let root = tempfile::tempdir().unwrap();
-        let target = root.path().join("blobs/x");
-        let (content, digest) = (b"content".as_slice(), Digest::of(b"content"));
-        let ensure = |trust| ensure_bytes(root.path(), &target, content, &digest, trust).unwrap();
-        ensure(Trust::Length);
-        let damage = |bytes: &[u8]| {
-            fs::remove_file(&target).unwrap();
-            fs::write(&target, bytes).unwrap();
-        };
-        damage(b"cut");
-        ensure(Trust::Length);
-        assert_eq!(fs::read(&target).unwrap(), content);
-        damage(b"c0ntent");
-        ensure(Trust::Nothing);
-        assert_eq!(fs::read(&target).unwrap(), content);
         assert_eq!(fs::read_dir(root.path().join("tmp")).unwrap().count(), 0);
     }
 }

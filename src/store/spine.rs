@@ -2,6 +2,8 @@
 //!
 //! To show `site-packages`, the rows of every layer in it are needed. They are in the layer's document, which comes
 //! with the documents of a hundred others ([`super::summary`]), so that a node need not fetch a hundred catalogs first.
+//! So are the entry points of its distribution, because those of all distributions are read together
+//! (`importlib.metadata.entry_points`).
 
 use serde::{Deserialize, Serialize};
 
@@ -35,12 +37,31 @@ impl SpineDir {
     }
 }
 
-/// True for directories that most wheels have: the root, `bin`, and those on the way to `site-packages`.
+/// A longer text is read from the pack, in bytes.
+pub(super) const TEXT_MAX: u64 = 16 << 10;
+
+/// A small file of a layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpineText {
+    /// Its row.
+    pub row: RowId,
+    /// Its bytes.
+    pub text: String,
+}
+
+/// True for files whose text belongs to the spine.
+pub(super) fn is_text(path: &[u8]) -> bool {
+    path.ends_with(b".dist-info/entry_points.txt")
+}
+
+/// True for directories that most wheels have: the root, `bin`, those on the way to `site-packages`, and what describes
+/// the distribution.
 fn belongs(path: &[u8]) -> bool {
     let parts: Vec<&[u8]> = path.split(|b| *b == b'/').collect();
     match parts[..] {
         [name] => matches!(name, b"" | b"bin" | b"lib"),
         [b"lib", python] | [b"lib", python, b"site-packages"] => python.starts_with(b"python"),
+        [b"lib", _, b"site-packages", info] => info.ends_with(b".dist-info"),
         _ => false,
     }
 }
