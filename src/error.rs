@@ -31,6 +31,10 @@ pub enum Kind {
     Failed,
     /// The caller interrupted.
     Interrupted,
+    /// The store would have to be waited for where nothing may wait; whoever gets this asks again where that is allowed.
+    WouldWait,
+    /// The store has not answered in time.
+    TimedOut,
 }
 
 impl Kind {
@@ -51,8 +55,9 @@ impl Kind {
             Kind::Unsupported => libc::EOPNOTSUPP,
             Kind::Busy => libc::EBUSY,
             Kind::Os(errno) => errno,
-            Kind::Corrupt | Kind::Failed => libc::EIO,
+            Kind::Corrupt | Kind::Failed | Kind::TimedOut => libc::EIO,
             Kind::Interrupted => libc::EINTR,
+            Kind::WouldWait => libc::EAGAIN,
         }
     }
 
@@ -68,6 +73,8 @@ impl Kind {
             Kind::Os(_) => "os",
             Kind::Failed => "failed",
             Kind::Interrupted => "interrupted",
+            Kind::WouldWait => "would-wait",
+            Kind::TimedOut => "timed-out",
         }
     }
 }
@@ -135,6 +142,14 @@ impl Error {
         let detail = self.0.detail.take();
         let kind = self.0.kind;
         Error(Box::new(Inner { kind, message, detail, hint, source: Some(Box::new(self)) }))
+    }
+
+    /// The same for somebody else who waited for the same: with all words, but the causes are text.
+    pub(crate) fn again(&self) -> Self {
+        let mut again = Error::new(self.0.kind, self.chain());
+        again.0.hint.clone_from(&self.0.hint);
+        again.0.detail.clone_from(&self.0.detail);
+        again
     }
 
     /// The kind.

@@ -22,6 +22,7 @@ pub mod cli;
 pub mod environment;
 pub mod error;
 pub mod mount;
+pub mod patience;
 pub mod store;
 pub mod sys;
 pub mod view;
