@@ -14,6 +14,8 @@
 //!      |
 //!     cli       one file a verb
 //! ```
+//!
+//! Beside them, known to all: `error`, `sys`, and `patience`, which says who may wait for a store that hangs.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! mount()  preflight -> /dev/fuse + mount(2) | fusermount3 -> session threads -> Tree
+//!                                                   what must wait for a distant store: waiters -> Tree
 //!                                              refresher thread -> store, kernel notifications
 //! wait()   SIGTERM, SIGINT -> unmount; busy: detach and serve on until the last user is gone; again: end at once
 //! ```
@@ -13,6 +14,7 @@ mod adapter;
 mod attach;
 mod passthrough;
 mod refresh;
+mod replies;
 mod stats;
 mod table;
 mod trial;
@@ -20,6 +22,7 @@ mod trial;
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use fuser::{Config, Generation, Session, SessionACL};
 use signal_hook::iterator::Signals;
@@ -31,11 +34,13 @@ pub use table::{MountInfo, find, mounts};
 pub use trial::{clear_dead_trials, end_trials, trial};
 
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::patience::{self, Pool};
 use crate::store::{Index, Store};
 use crate::view::{Mountpoint, Tree};
-use adapter::Adapter;
+use adapter::{Adapter, Spaces};
 use passthrough::Passthrough;
 use refresh::Refresher;
+use replies::Shown;
 use stats::Counters;
 
 /// How to mount.
@@ -51,6 +56,10 @@ pub struct Options {
     pub passthrough: bool,
     /// Offer environments what makes their imports cheaper.
     pub imports: bool,
+    /// Whether the store may hang, so that no thread that answers must wait for it; none: as its file system says.
+    pub distant: Option<bool>,
+    /// How long a distant store may take for one answer.
+    pub patience: Duration,
 }
 
 impl Options {
@@ -62,6 +71,8 @@ impl Options {
             allow_other: attach::is_root(),
             passthrough: true,
             imports: true,
+            distant: None,
+            patience: patience::LIMIT,
         }
     }
 }
@@ -108,6 +119,8 @@ fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
             .hint("name a directory outside of the store"));
     }
     attach::raise_open_files();
+    let distant = options.distant.unwrap_or_else(|| !is_local(tree.store()));
+    let tree = if distant { tree.distant(options.patience) } else { tree };
     let tree = Arc::new(if options.imports { tree } else { tree.without_imports() });
     let refresher = Arc::new(Refresher::default());
     let obstacle = obstacle(tree.store(), options.passthrough);
@@ -116,17 +129,21 @@ fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
     if let Some(why) = obstacle {
         passthrough.disable(why);
     }
-    let adapter = Adapter {
+    let adapter = Adapter::new(adapter::Serving {
         tree: tree.clone(),
         refresher: refresher.clone(),
-        owner: (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()),
+        shown: Shown {
+            owner: (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()),
+            // 32 bits are what the kernel keeps; 0 would be everybody's.
+            generation: Generation(RandomState::new().hash_one(&dir) & u64::from(u32::MAX) | 1),
+        },
         try_passthrough,
         passthrough,
         counters: Counters::default(),
         threads: options.threads.max(1),
-        // 32 bits are what the kernel keeps; 0 would be everybody's.
-        generation: Generation(RandomState::new().hash_one(&dir) & u64::from(u32::MAX) | 1),
-    };
+        waiters: if distant { Some(Pool::of_waiters()?) } else { None },
+        space: Spaces::default(),
+    });
     let mut config = Config::default();
     config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
     config.n_threads = Some(options.threads.max(1));

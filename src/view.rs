@@ -40,6 +40,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 pub use inode::{Ino, LayerFile, Object, ROWS_MAX, SLOTS_MAX, Special};
 pub use listing::EntryRef;
@@ -168,7 +169,7 @@ pub struct Changed {
 pub struct Tree {
     store: Store,
     index: Arc<Index>,
-    names: Names,
+    names: Arc<Names>,
     mountpoint: OnceLock<Mountpoint>,
     layer_slots: Slots<Digest>,
     version_slots: Slots<(EnvName, u64)>,
@@ -211,7 +212,7 @@ impl Tree {
         Tree {
             store,
             index,
-            names,
+            names: Arc::new(names),
             mountpoint: OnceLock::new(),
             layer_slots: Slots::new(),
             version_slots: Slots::new(),
@@ -234,6 +235,13 @@ impl Tree {
         Tree { offer_imports: false, ..self }
     }
 
+    /// The same for a store that may hang: no question to it is waited for longer than `limit`, and none on a thread that
+    /// must not wait (see [`patience`](crate::patience)).
+    pub fn distant(self, limit: Duration) -> Tree {
+        self.names.set_distant(limit);
+        self
+    }
+
     /// The store.
     pub fn store(&self) -> &Store {
         &self.store
@@ -247,7 +255,9 @@ impl Tree {
 
     /// Logs a failure the first time it is seen; an absent name is none.
     pub fn tell(&self, error: &Error) {
-        if error.is_not_found() {
+        // An outage was told when it began.
+        let told = error.kind() == Kind::TimedOut && self.is_cut_off();
+        if error.is_not_found() || error.kind() == Kind::WouldWait || told {
             return;
         }
         let text = error.chain();
@@ -260,6 +270,11 @@ impl Tree {
     /// Asks the store for changes of all names asked for lately; false when there were none.
     pub fn refresh(&self) -> bool {
         self.names.refresh()
+    }
+
+    /// True while the store does not answer, and what is known of it is told without asking.
+    pub fn is_cut_off(&self) -> bool {
+        self.names.are_cut_off()
     }
 
     /// What has changed since the last call.

@@ -6,136 +6,157 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::ops::Deref;
 use std::os::unix::ffi::OsStrExt;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use fuser::{
-    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags, PollNotifier,
-    RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
-    ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
-    Version, WriteFlags,
+    AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags, IoctlFlags, KernelConfig,
+    LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyBmap,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek,
+    ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, Version, WriteFlags,
 };
 
 use super::passthrough::{Mode, Passthrough};
 use super::refresh::Refresher;
+use super::replies::{NAME_MAX, Part, Shown, Space, errno_of, ino, is_inside_version, reply_xattr, ttl};
 use super::stats::{self, Counters, How, Op};
-use crate::error::{Error, Result};
-use crate::view::{Attr, EntryRef, FileKind, Ino, Opened, Reader, Tree};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::patience::{self, Flights, Pool};
+use crate::view::{Opened, Reader, Tree};
 
-/// Inside a version nothing ever changes: ten years.
-const LASTING: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-/// Outside, the kernel asks again after this; with [`crate::view::FRESH`] on top, nothing is older than a second.
-const MOVING: Duration = Duration::from_millis(500);
-/// A name that is not there outside a version may be published any moment.
-const NEVER: Duration = Duration::ZERO;
-/// The longest name, in bytes; what `statfs` tells, too.
-const NAME_MAX: usize = 255;
+/// How long the store may take to say how full it is; whoever asks that often asks it of every mount.
+const SPACE: Duration = Duration::from_secs(1);
 
 /// A mounted tree.
+///
+/// Of a local store, the session's threads answer everything themselves. Of a distant one, they answer what needs no
+/// waiting, and leave the rest to threads that may wait ([`patience`]).
 #[derive(Debug)]
-pub(super) struct Adapter {
+pub(super) struct Adapter(Arc<Serving>);
+
+/// What every thread that answers needs.
+#[derive(Debug)]
+pub(super) struct Serving {
     pub(super) tree: Arc<Tree>,
     pub(super) refresher: Arc<Refresher>,
-    pub(super) owner: (u32, u32),
+    pub(super) shown: Shown,
     /// Ask the kernel for passthrough.
     pub(super) try_passthrough: bool,
     pub(super) passthrough: Passthrough,
     pub(super) counters: Counters,
     /// Threads that answer.
     pub(super) threads: usize,
-    /// Part of every file handle (`name_to_handle_at`): the numbers of another mount name other files, so a handle of
-    /// it must not be taken for one of ours.
-    pub(super) generation: Generation,
+    /// Threads that may wait, where the store is distant.
+    pub(super) waiters: Option<Pool>,
+    pub(super) space: Spaces,
 }
 
-fn ino(number: INodeNo) -> Ino {
-    Ino::from_raw(number.0)
+/// How full a distant store is.
+#[derive(Debug, Default)]
+pub(super) struct Spaces {
+    asked: Flights<(), Space>,
+    last: Mutex<Option<Space>>,
 }
 
-fn ttl(lasting: bool) -> Duration {
-    if lasting { LASTING } else { MOVING }
-}
-
-fn file_type(kind: FileKind) -> FileType {
-    match kind {
-        FileKind::Dir => FileType::Directory,
-        FileKind::File => FileType::RegularFile,
-        FileKind::Symlink => FileType::Symlink,
-    }
-}
-
-fn system_time((seconds, nanos): (i64, u32)) -> SystemTime {
-    let whole = Duration::from_secs(seconds.unsigned_abs());
-    let base = if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
-    base.and_then(|base| base.checked_add(Duration::from_nanos(nanos.into()))).unwrap_or(UNIX_EPOCH)
-}
-
-impl Adapter {
-    fn file_attr(&self, attr: &Attr) -> FileAttr {
-        let time = system_time(attr.mtime);
-        FileAttr {
-            ino: INodeNo(attr.ino.get()),
-            size: attr.size,
-            blocks: attr.size.div_ceil(512),
-            atime: time,
-            mtime: time,
-            ctime: time,
-            crtime: time,
-            kind: file_type(attr.kind),
-            perm: attr.mode,
-            nlink: attr.nlink,
-            uid: self.owner.0,
-            gid: self.owner.1,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        }
-    }
-
+impl Serving {
     /// The errno of a failure, which is logged.
     fn errno(&self, error: &Error) -> Errno {
         self.tree.tell(error);
         Errno::from_i32(errno_of(error))
     }
 
-    /// Asks the tree; a failure is logged and becomes an errno.
-    fn ask<T>(&self, question: impl FnOnce(&Tree) -> Result<T>) -> Result<T, Errno> {
-        question(&self.tree).map_err(|error| self.errno(&error))
-    }
-
-    fn is_inside_version(number: INodeNo) -> bool {
-        use crate::view::Object;
-        match ino(number).decode() {
-            Some(Object::Special { special, .. }) => !special.is_node_link(),
-            Some(Object::Row { .. } | Object::Layer { .. } | Object::Dir { .. }) => true,
-            _ => false,
-        }
-    }
-
     fn note_asked(&self, number: INodeNo) {
-        if !Adapter::is_inside_version(number) {
+        if !is_inside_version(number) {
             self.refresher.note_asked();
         }
     }
 
-    /// Fills a reply with entries from `offset` on; `add` says true when it is full.
-    fn fill(
-        &self,
-        number: INodeNo,
-        offset: u64,
-        mut add: impl FnMut(u64, EntryRef<'_>, &dyn Fn() -> Result<Attr>) -> bool,
-    ) -> Result<(), Errno> {
-        self.note_asked(number);
-        let listing = self.ask(|tree| tree.list(ino(number)))?;
-        for at in listing.behind(offset)..listing.len() {
-            let Some(entry) = listing.get(at) else { break };
-            if add(entry.offset, entry, &|| self.tree.entry_attr(&listing, at)) {
-                break;
+    /// Answers an open. A handle is counted where its reply is sent.
+    fn opened(&self, number: INodeNo, opened: Opened, reply: ReplyOpen) {
+        let kept = FopenFlags::FOPEN_KEEP_CACHE;
+        match opened {
+            Opened::ByReader => {
+                self.counters.opened(How::Direct);
+                reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
+            }
+            Opened::Whole(file, size) if self.try_passthrough => {
+                match self.passthrough.open(ino(number), &file, size, &reply) {
+                    Mode::Cached(handle) => {
+                        self.counters.opened(How::Cached);
+                        reply.opened(handle, kept);
+                    }
+                    Mode::Passed(handle, backing) => {
+                        self.counters.opened(How::Passthrough);
+                        reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
+                    }
+                }
+            }
+            Opened::Lasting | Opened::Whole(..) => {
+                self.counters.opened(How::Cached);
+                reply.opened(FileHandle(0), kept);
             }
         }
-        Ok(())
+    }
+
+    /// How full the store is; of a distant one that does not answer, what it said last.
+    fn space(&self) -> Result<Space> {
+        let root = self.tree.store().root().to_path_buf();
+        let ask = move || nix::sys::statvfs::statvfs(&root).at("looking at", &root).map(Space::from);
+        if self.waiters.is_none() {
+            return ask();
+        }
+        let last = || self.space.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if (self.space.asked.is_late(&()) || self.tree.is_cut_off())
+            && let Some(space) = *last()
+        {
+            return Ok(space);
+        }
+        match self.space.asked.ask(&(), SPACE, ask) {
+            Ok(now) => Ok(*last().insert(now.answer)),
+            Err(error) if error.kind() == Kind::TimedOut => Ok(last().unwrap_or_default()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Adapter {
+    pub(super) fn new(serving: Serving) -> Self {
+        Adapter(Arc::new(serving))
+    }
+
+    /// Asks `question`, and hands `reply` what comes of it; a failure is logged and becomes an errno.
+    ///
+    /// Where that would have to wait for the store, both happen on another thread, and this one is free at once.
+    fn answer<R: Send + 'static, T>(
+        &self,
+        mut reply: R,
+        question: impl Fn(&Serving, &mut R) -> Result<T> + Send + 'static,
+        tell: impl FnOnce(&Serving, R, Result<T, Errno>) + Send + 'static,
+    ) {
+        let Some(waiters) = &self.waiters else {
+            let answer = question(self, &mut reply).map_err(|error| self.errno(&error));
+            return tell(self, reply, answer);
+        };
+        match patience::at_once(|| question(self, &mut reply)) {
+            Err(error) if error.kind() == Kind::WouldWait => {
+                let serving = self.0.clone();
+                waiters.run(move || {
+                    let answer = question(&serving, &mut reply).map_err(|error| serving.errno(&error));
+                    tell(&serving, reply, answer);
+                });
+            }
+            answer => tell(self, reply, answer.map_err(|error| self.errno(&error))),
+        }
+    }
+}
+
+impl Deref for Adapter {
+    type Target = Serving;
+
+    fn deref(&self) -> &Serving {
+        &self.0
     }
 }
 
@@ -174,24 +195,15 @@ impl Filesystem for Adapter {
             return reply.error(Errno::ENAMETOOLONG);
         }
         self.note_asked(parent);
-        match self.ask(|tree| tree.lookup(ino(parent), name.as_bytes())) {
-            Ok(Some(attr)) => reply.entry(&ttl(attr.lasting), &self.file_attr(&attr), self.generation),
-            Ok(None) => {
-                // Inode 0: there is no such name, and the kernel may remember that.
-                let inside = Adapter::is_inside_version(parent);
-                let nothing = Attr {
-                    ino: Ino::from_raw(0),
-                    kind: FileKind::File,
-                    size: 0,
-                    mode: 0,
-                    nlink: 0,
-                    mtime: (0, 0),
-                    lasting: inside,
-                };
-                reply.entry(if inside { &LASTING } else { &NEVER }, &self.file_attr(&nothing), self.generation);
-            }
-            Err(errno) => reply.error(errno),
-        }
+        let name = name.as_bytes().to_vec();
+        self.answer(
+            reply,
+            move |serving, _| serving.tree.lookup(ino(parent), &name),
+            move |serving, reply, found| match found {
+                Ok(found) => serving.shown.entry(parent, found, reply),
+                Err(errno) => reply.error(errno),
+            },
+        );
     }
 
     // Numbers are computed: there is nothing to forget.
@@ -202,18 +214,26 @@ impl Filesystem for Adapter {
     fn getattr(&self, _req: &Request, number: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         self.counters.count(Op::Getattr);
         self.note_asked(number);
-        match self.ask(|tree| tree.attr(ino(number))) {
-            Ok(attr) => reply.attr(&ttl(attr.lasting), &self.file_attr(&attr)),
-            Err(errno) => reply.error(errno),
-        }
+        self.answer(
+            reply,
+            move |serving, _| serving.tree.attr(ino(number)),
+            |serving, reply, attr| match attr {
+                Ok(attr) => reply.attr(&ttl(attr.lasting), &serving.shown.attr(&attr)),
+                Err(errno) => reply.error(errno),
+            },
+        );
     }
 
     fn readlink(&self, _req: &Request, number: INodeNo, reply: ReplyData) {
         self.counters.count(Op::Readlink);
-        match self.ask(|tree| tree.readlink(ino(number))) {
-            Ok(target) => reply.data(&target),
-            Err(errno) => reply.error(errno),
-        }
+        self.answer(
+            reply,
+            move |serving, _| serving.tree.readlink(ino(number)),
+            |_, reply, target| match target {
+                Ok(target) => reply.data(&target),
+                Err(errno) => reply.error(errno),
+            },
+        );
     }
 
     fn open(&self, _req: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -221,30 +241,14 @@ impl Filesystem for Adapter {
         if flags.acc_mode() != OpenAccMode::O_RDONLY || flags.0 & libc::O_TRUNC != 0 {
             return reply.error(Errno::EROFS);
         }
-        let kept = FopenFlags::FOPEN_KEEP_CACHE;
-        match self.ask(|tree| tree.open(ino(number))) {
-            Ok(Opened::ByReader) => {
-                self.counters.opened(How::Direct);
-                reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
-            }
-            Ok(Opened::Whole(file, size)) if self.try_passthrough => {
-                match self.passthrough.open(ino(number), &file, size, &reply) {
-                    Mode::Cached(handle) => {
-                        self.counters.opened(How::Cached);
-                        reply.opened(handle, kept);
-                    }
-                    Mode::Passed(handle, backing) => {
-                        self.counters.opened(How::Passthrough);
-                        reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
-                    }
-                }
-            }
-            Ok(Opened::Lasting | Opened::Whole(..)) => {
-                self.counters.opened(How::Cached);
-                reply.opened(FileHandle(0), kept);
-            }
-            Err(errno) => reply.error(errno),
-        }
+        self.answer(
+            reply,
+            move |serving, _| serving.tree.open(ino(number)),
+            move |serving, reply, opened| match opened {
+                Ok(opened) => serving.opened(number, opened, reply),
+                Err(errno) => reply.error(errno),
+            },
+        );
     }
 
     fn read(
@@ -260,13 +264,17 @@ impl Filesystem for Adapter {
     ) {
         self.counters.count(Op::Read);
         let reader = Reader { tid: Some(req.pid()).filter(|tid| *tid != 0) };
-        match self.ask(|tree| tree.read(ino(number), offset, size, reader)) {
-            Ok(bytes) => {
-                self.counters.read(bytes.len());
-                reply.data(&bytes);
-            }
-            Err(errno) => reply.error(errno),
-        }
+        self.answer(
+            reply,
+            move |serving, _| serving.tree.read(ino(number), offset, size, reader),
+            |serving, reply, bytes| match bytes {
+                Ok(bytes) => {
+                    serving.counters.read(bytes.len());
+                    reply.data(&bytes);
+                }
+                Err(errno) => reply.error(errno),
+            },
+        );
     }
 
     fn release(
@@ -291,65 +299,43 @@ impl Filesystem for Adapter {
         reply.error(Errno::ENOSYS);
     }
 
-    fn readdir(&self, _req: &Request, number: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(&self, _req: &Request, dir: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
         self.counters.count(Op::Readdir);
-        let filled = self.fill(number, offset, |next, entry, _| {
-            reply.add(INodeNo(entry.ino.get()), next, file_type(entry.kind), OsStr::from_bytes(entry.name))
-        });
-        match filled {
-            Ok(()) => reply.ok(),
-            Err(errno) => reply.error(errno),
-        }
+        self.note_asked(dir);
+        self.answer(
+            Part { dir, offset, reply },
+            |serving, part| part.fill(&serving.tree),
+            |_, part, filled| match filled {
+                Ok(()) => part.reply.ok(),
+                Err(errno) => part.reply.error(errno),
+            },
+        );
     }
 
-    fn readdirplus(
-        &self,
-        _req: &Request,
-        number: INodeNo,
-        _fh: FileHandle,
-        offset: u64,
-        mut reply: ReplyDirectoryPlus,
-    ) {
+    fn readdirplus(&self, _req: &Request, dir: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
         self.counters.count(Op::Readdirplus);
-        let filled = self.fill(number, offset, |next, entry, attr| {
-            // The kernel takes no attributes of these two.
-            let dots = entry.name == b"." || entry.name == b"..";
-            let known = if dots { None } else { attr().map_err(|error| self.tree.tell(&error)).ok() };
-            let unknown = Attr {
-                ino: entry.ino,
-                kind: entry.kind,
-                size: 0,
-                mode: 0o755,
-                nlink: 2,
-                mtime: (0, 0),
-                lasting: false,
-            };
-            // What cannot be told now is asked for when somebody needs it, and fails there.
-            let valid = known.as_ref().map_or(NEVER, |attr| ttl(attr.lasting));
-            let attr = self.file_attr(&known.unwrap_or(unknown));
-            reply.add(attr.ino, next, OsStr::from_bytes(entry.name), &valid, &attr, self.generation)
-        });
-        match filled {
-            Ok(()) => reply.ok(),
-            Err(errno) => reply.error(errno),
-        }
+        self.note_asked(dir);
+        self.answer(
+            Part { dir, offset, reply },
+            |serving, part| part.fill(&serving.tree, &serving.shown),
+            move |_, part, filled| match filled {
+                // What was told before it failed is so.
+                Err(errno) if part.offset == offset => part.reply.error(errno),
+                _ => part.reply.ok(),
+            },
+        );
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
         self.counters.count(Op::Statfs);
-        match nix::sys::statvfs::statvfs(self.tree.store().root()) {
-            Ok(stat) => reply.statfs(
-                stat.blocks(),
-                stat.blocks_free(),
-                stat.blocks_available(),
-                stat.files(),
-                stat.files_free(),
-                stat.block_size() as u32,
-                NAME_MAX as u32,
-                stat.fragment_size() as u32,
-            ),
-            Err(errno) => reply.error(self.errno(&Error::io("looking at", self.tree.store().root(), errno.into()))),
-        }
+        self.answer(
+            reply,
+            |serving, _| serving.space(),
+            |_, reply, space| match space {
+                Ok(space) => space.tell(reply),
+                Err(errno) => reply.error(errno),
+            },
+        );
     }
 
     fn getxattr(&self, _req: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
@@ -357,27 +343,37 @@ impl Filesystem for Adapter {
         if !name.as_bytes().starts_with(b"user.envfabric.") {
             return reply.error(Errno::ENODATA);
         }
+        // Asks nobody else, so that it is told whatever hangs.
         if name.as_bytes() == stats::ATTRIBUTE.to_bytes() {
             return reply_xattr(&self.counters.tell(&self.tree, &self.passthrough, self.threads), size, reply);
         }
-        match self.ask(|tree| tree.xattrs(ino(number))) {
-            Ok(attrs) => match attrs.iter().find(|(known, _)| name == *known) {
-                Some((_, value)) => reply_xattr(value.as_bytes(), size, reply),
-                None => reply.error(Errno::ENODATA),
+        let name = name.to_os_string();
+        self.answer(
+            reply,
+            move |serving, _| serving.tree.xattrs(ino(number)),
+            move |_, reply, attrs| match attrs {
+                Ok(attrs) => match attrs.iter().find(|(known, _)| name == *known) {
+                    Some((_, value)) => reply_xattr(value.as_bytes(), size, reply),
+                    None => reply.error(Errno::ENODATA),
+                },
+                Err(errno) => reply.error(errno),
             },
-            Err(errno) => reply.error(errno),
-        }
+        );
     }
 
     fn listxattr(&self, _req: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
         self.counters.count(Op::Listxattr);
-        match self.ask(|tree| tree.xattrs(ino(number))) {
-            Ok(attrs) => {
-                let names: Vec<u8> = attrs.iter().flat_map(|(name, _)| [name.as_bytes(), b"\0"].concat()).collect();
-                reply_xattr(&names, size, reply);
-            }
-            Err(errno) => reply.error(errno),
-        }
+        self.answer(
+            reply,
+            move |serving, _| serving.tree.xattrs(ino(number)),
+            move |_, reply, attrs| match attrs {
+                Ok(attrs) => {
+                    let names: Vec<u8> = attrs.iter().flat_map(|(name, _)| [name.as_bytes(), b"\0"].concat()).collect();
+                    reply_xattr(&names, size, reply);
+                }
+                Err(errno) => reply.error(errno),
+            },
+        );
     }
 
     // Answered once with ENOSYS, then never asked again.
@@ -566,36 +562,5 @@ impl Filesystem for Adapter {
     ) {
         self.counters.count(Op::Other);
         reply.error(Errno::EROFS);
-    }
-}
-
-/// The errno that a caller gets. A handle of the store that is stale says nothing about ours: programs take ESTALE for
-/// the loss of the file that they asked for, and the kernel walks the whole path again.
-fn errno_of(error: &Error) -> i32 {
-    match error.errno() {
-        libc::ESTALE => libc::EIO,
-        errno => errno,
-    }
-}
-
-fn reply_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
-    match (u32::try_from(value.len()), size) {
-        (Ok(len), 0) => reply.size(len),
-        (Ok(len), size) if len <= size => reply.data(value),
-        _ => reply.error(Errno::ERANGE),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::error::Kind;
-
-    #[test]
-    fn a_stale_handle_of_the_store_is_an_input_output_error_of_ours() {
-        let errno = |kind| errno_of(&Error::new(kind, "x"));
-        assert_eq!(errno(Kind::Os(libc::ESTALE)), libc::EIO);
-        assert_eq!(errno(Kind::Os(libc::EACCES)), libc::EACCES);
-        assert_eq!(errno(Kind::NotFound), libc::ENOENT);
     }
 }

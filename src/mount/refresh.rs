@@ -59,8 +59,8 @@ impl Refresher {
             self.asked.store(false, Ordering::Relaxed);
             let start = Instant::now();
             let watching = tree.refresh();
-            // A slow store is not asked all the time.
-            pause = EVERY.max(start.elapsed() * 5);
+            // A slow store is not asked all the time; the end of an outage is to be noticed at once.
+            pause = if tree.is_cut_off() { EVERY } else { EVERY.max(start.elapsed() * 5) };
             active = watching || self.asked.load(Ordering::Relaxed) || !active;
             for changed in tree.take_changes() {
                 let dir = INodeNo(changed.dir.get());

@@ -6,19 +6,30 @@
 //! light is queued for whoever tells the kernel ([`Names::take_changes`]), and lets the modification time of the
 //! directory that shows it grow.
 //!
+//! **A distant store** may hang. Each question to it is asked by a thread that is left alone when it does, and that keeps
+//! the answer even when nobody waits for it any more. Whoever waits does so for a limited time and holds no lock. What
+//! was not answered in time counts as unchanged, and until the store answers again all that is known is told at once; a
+//! probe that is always under way then notices when it does.
+//!
 //! **Removed environments** are in no listing. But one of whose versions this mount has shown something may be in use,
 //! and its paths keep working with the version that was current last, until unmount: `remove` never breaks a running
 //! job.
 
+mod cells;
+mod sorts;
+
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use crate::environment::{EnvName, Version};
 use crate::error::{Error, Kind, Result};
+use crate::patience::{self, Answered, Flights};
 use crate::store::{Store, in_parallel};
+pub(super) use cells::{Age, Known};
+use cells::{Cells, Outage, lock, time_now};
+use sorts::{Nodes, Pointers, Sort, Versions, Workflows};
 
 /// How long an answer of the store is repeated without asking again.
 pub const FRESH: Duration = Duration::from_millis(250);
@@ -43,169 +54,6 @@ pub enum NameChange {
     Current(EnvName),
     /// The versions of an environment.
     Versions(EnvName),
-}
-
-/// An answer with the modification time of the directory that shows it.
-#[derive(Debug, Clone)]
-pub(super) struct Known<T> {
-    pub(super) value: Arc<T>,
-    pub(super) mtime: Time,
-}
-
-#[derive(Debug)]
-struct Cell<T> {
-    value: Arc<T>,
-    mtime: Time,
-    /// When it was last seen to be so.
-    read: Instant,
-    /// When it was last read as a whole.
-    whole: Instant,
-    asked: Instant,
-    /// The last reading failed.
-    failing: bool,
-}
-
-/// Whether the store answers, so that an outage is told once and not several times a second.
-#[derive(Debug, Default)]
-struct Outage {
-    /// Something that could be read before cannot be read now.
-    on: AtomicBool,
-}
-
-impl Outage {
-    /// A reading failed; true when that is to be told: the first failure of all.
-    fn begins(&self, was_failing: bool) -> bool {
-        // What goes on failing while the rest is read (one damaged document) is no outage.
-        !was_failing && !self.on.swap(true, Ordering::Relaxed)
-    }
-
-    /// A reading succeeded; true when that ends what was told.
-    fn ends(&self, was_failing: bool) -> bool {
-        self.on.swap(false, Ordering::Relaxed) && was_failing
-    }
-}
-
-/// Answers by key. A cell's own lock is held while the store is read, so that only those wait who ask for the same.
-#[derive(Debug)]
-struct Cells<K, T> {
-    map: Mutex<HashMap<K, Arc<Mutex<Cell<T>>>>>,
-    /// The first modification time of all directories, where some are shown before they are read.
-    since: Option<Time>,
-}
-
-/// How old an answer may be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Age {
-    /// [`FRESH`].
-    Fresh,
-    /// Any; [`Names::refresh`] sees to it that it does not grow old.
-    Any,
-    /// None at all: before a name is said not to be there, the store is asked.
-    Now,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn time_now() -> Time {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    (now.as_secs() as i64, now.subsec_nanos())
-}
-
-/// The time now, or the smallest step behind `before` where the clock stands still or went back.
-fn later_than(before: Time) -> Time {
-    let next = if before.1 < 999_999_999 { (before.0, before.1 + 1) } else { (before.0 + 1, 0) };
-    time_now().max(next)
-}
-
-/// True when a directory of the store that had something is empty or not there. Nothing in it goes when an environment
-/// is removed, which is only written down: so the directory itself is away.
-fn is_away<T>(now: &[T], before: Option<&Vec<T>>) -> bool {
-    now.is_empty() && before.is_some_and(|before| !before.is_empty())
-}
-
-impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
-    fn new() -> Self {
-        Cells { map: Mutex::default(), since: None }
-    }
-
-    /// The answer for `key`, where it was read as a whole within `age` and `holds` says that it is the same now.
-    fn confirm(&self, key: &K, age: Duration, holds: impl FnOnce(&T) -> bool) -> Option<Known<T>> {
-        let cell = lock(&self.map).get(key).cloned()?;
-        let mut cell = lock(&cell);
-        if cell.whole.elapsed() >= age || !holds(&cell.value) {
-            return None;
-        }
-        cell.read = Instant::now();
-        Some(Known { value: cell.value.clone(), mtime: cell.mtime })
-    }
-
-    fn keys_asked_since(&self, since: Instant) -> Vec<K> {
-        let map = lock(&self.map);
-        let asked = |cell: &Arc<Mutex<Cell<T>>>| cell.try_lock().is_ok_and(|c| c.asked >= since);
-        map.iter().filter(|(_, cell)| asked(cell)).map(|(key, _)| key.clone()).collect()
-    }
-
-    /// The answer for `key`. `read` asks the store; its none means that there is no such thing, and is not kept.
-    /// `ask` is false when nobody but the refresher wants to know.
-    fn get(
-        &self,
-        key: &K,
-        age: Age,
-        ask: bool,
-        outage: &Outage,
-        read: impl FnOnce(Option<&T>) -> Result<Option<T>>,
-        changed: impl FnOnce(),
-    ) -> Result<Option<Known<T>>> {
-        let cell = lock(&self.map).get(key).cloned();
-        let Some(cell) = cell else {
-            let Some(value) = read(None)? else { return Ok(None) };
-            let now = Instant::now();
-            let cell = Cell {
-                value: Arc::new(value),
-                mtime: self.since.unwrap_or_else(time_now),
-                read: now,
-                whole: now,
-                asked: now,
-                failing: false,
-            };
-            // Whoever came first is kept, so that everyone is told the same time.
-            let kept = lock(&self.map).entry(key.clone()).or_insert_with(|| Arc::new(Mutex::new(cell))).clone();
-            let kept = lock(&kept);
-            return Ok(Some(Known { value: kept.value.clone(), mtime: kept.mtime }));
-        };
-        let mut cell = lock(&cell);
-        if ask {
-            cell.asked = Instant::now();
-        }
-        if age == Age::Now || (age == Age::Fresh && cell.read.elapsed() >= FRESH) {
-            match read(Some(&cell.value)) {
-                // A directory that is not there (any more) says nothing about the store.
-                Ok(None) => {}
-                Ok(Some(value)) => {
-                    if value != *cell.value {
-                        cell.value = Arc::new(value);
-                        cell.mtime = later_than(cell.mtime);
-                        changed();
-                    }
-                    if outage.ends(cell.failing) {
-                        tracing::warn!("the store answers again");
-                    }
-                    cell.failing = false;
-                }
-                Err(error) => {
-                    if outage.begins(cell.failing) {
-                        let error = error.chain();
-                        tracing::warn!(error, "the store does not answer; the names known last are shown");
-                    }
-                    cell.failing = true;
-                }
-            }
-            (cell.read, cell.whole) = (Instant::now(), Instant::now());
-        }
-        Ok(Some(Known { value: cell.value.clone(), mtime: cell.mtime }))
-    }
 }
 
 /// An environment as its directory shows it.
@@ -254,6 +102,14 @@ pub(super) struct Names {
     checked: Mutex<Option<Instant>>,
     /// Environments that could not be read when they were to be listed first, and that was told.
     unreadable: Mutex<HashSet<EnvName>>,
+    /// Where the store is distant: how long it is waited for.
+    limit: OnceLock<Duration>,
+    /// Questions to a distant store whose answers are not kept here: whether a workflow has an environment, whether it
+    /// has few, what a version's document says, whether the store is there.
+    witnesses: Flights<String, bool>,
+    few: Flights<String, bool>,
+    documents: Flights<(EnvName, u64), Option<Version>>,
+    probes: Flights<(), ()>,
 }
 
 impl Names {
@@ -270,10 +126,10 @@ impl Names {
         let begun = time_now();
         Names {
             source,
-            workflows: Cells::new(),
-            nodes: Cells { since: Some(begun), ..Cells::new() },
-            pointers: Cells::new(),
-            versions: Cells::new(),
+            workflows: Cells::new(None),
+            nodes: Cells::new(Some(begun)),
+            pointers: Cells::new(None),
+            versions: Cells::new(None),
             witness: Mutex::default(),
             used: Mutex::default(),
             changes: Mutex::default(),
@@ -282,6 +138,134 @@ impl Names {
             uncounted: Mutex::default(),
             checked: Mutex::new(None),
             unreadable: Mutex::default(),
+            limit: OnceLock::new(),
+            witnesses: Flights::default(),
+            few: Flights::default(),
+            documents: Flights::default(),
+            probes: Flights::default(),
+        }
+    }
+
+    /// Says that the store is distant, and is to be waited for no longer than `limit`.
+    pub(super) fn set_distant(&self, limit: Duration) {
+        // It is said once.
+        let _ = self.limit.set(limit);
+    }
+
+    /// The store where it is distant, and how long it is waited for.
+    fn distant(&self) -> Option<(&Store, Duration)> {
+        match &self.source {
+            Source::Store(store) => self.limit.get().map(|limit| (store, *limit)),
+            Source::Draft(_) => None,
+        }
+    }
+
+    /// True while the store does not answer.
+    pub(super) fn are_cut_off(&self) -> bool {
+        self.outage.is_on()
+    }
+
+    /// The answer for `key`; see [`Cells::get`].
+    fn asked<S: Sort>(self: &Arc<Self>, key: &S::Key, age: Age, ask: bool) -> Result<Option<Known<S::Value>>> {
+        let cells = S::cells(self);
+        let Some((_, limit)) = self.distant() else {
+            let unmoved = if ask { None } else { S::unmoved(self, key) };
+            if unmoved.is_some() {
+                return Ok(unmoved);
+            }
+            let read = |before: Option<&S::Value>| S::read(self, key, before, ask);
+            return cells.get(key, age, ask, &self.outage, read, || self.note(S::change(key)));
+        };
+        let known = match cells.look(key, age, ask) {
+            Some((known, enough)) if enough || self.outage.is_on() || cells.flights.is_late(key) => {
+                return Ok(Some(known));
+            }
+            known => known.map(|(known, _)| known),
+        };
+        // What was being read already may be older than the question.
+        let settled = |answer: &Option<_>| age == Age::Fresh && answer.is_some();
+        let read = || {
+            let (names, key) = (self.clone(), key.clone());
+            move || names.read::<S>(&key, ask)
+        };
+        match self.question(&cells.flights, key, limit, settled, read) {
+            Err(error) if error.kind() == Kind::WouldWait => Err(error),
+            Err(error) => {
+                if error.kind() == Kind::TimedOut {
+                    cells.fails(key);
+                }
+                known.map(Some).ok_or(error)
+            }
+            answer => answer,
+        }
+    }
+
+    /// Reads from a distant store, which may hang, and keeps the answer.
+    fn read<S: Sort>(self: &Arc<Self>, key: &S::Key, ask: bool) -> Result<Option<Known<S::Value>>> {
+        let cells = S::cells(self);
+        let unmoved = if ask { None } else { S::unmoved(self, key) };
+        let known = match unmoved {
+            None => {
+                let begun = Instant::now();
+                let before = cells.look(key, Age::Any, false).map(|(known, _)| known.value);
+                let answer = S::read(self, key, before.as_deref(), ask);
+                cells.keep(key, begun, answer, &self.outage, || self.note(S::change(key)))
+            }
+            known => Ok(known),
+        };
+        patience::progress();
+        known
+    }
+
+    /// Asks a distant store, or waits for the answer that others wait for, where that is `settled`.
+    fn question<K, T, W>(
+        self: &Arc<Self>,
+        flights: &Flights<K, T>,
+        key: &K,
+        limit: Duration,
+        settled: impl Fn(&T) -> bool,
+        what: impl Fn() -> W,
+    ) -> Result<T>
+    where
+        K: Clone + Eq + Hash + Send + 'static,
+        T: Clone + Send + 'static,
+        W: FnOnce() -> Result<T> + Send + 'static,
+    {
+        if !patience::may_wait() {
+            return Err(patience::would_wait());
+        }
+        // Of a store that does not answer nothing more is asked: each question may cost a thread.
+        if self.outage.is_on() && !patience::asks() {
+            self.probes.ask(&(), limit, self.probing())?;
+        }
+        let was_late = flights.is_late(key);
+        let answered = match flights.ask(key, limit, what()) {
+            Ok(Answered { answer, anew: false }) if !settled(&answer) => flights.ask(key, limit, what()),
+            answered => answered,
+        };
+        answered.map(|answered| answered.answer).inspect_err(|error| {
+            if error.kind() == Kind::TimedOut {
+                self.outage.feel(was_late, error);
+            }
+            if error.kind() != Kind::WouldWait && self.outage.is_on() {
+                self.probe();
+            }
+        })
+    }
+
+    /// Sees to it that the end of an outage is noticed, and waits for nothing.
+    fn probe(self: &Arc<Self>) {
+        self.probes.begin(&(), self.probing());
+    }
+
+    /// Looks whether the store is there.
+    fn probing(self: &Arc<Self>) -> impl FnOnce() -> Result<()> + Send + use<> {
+        let names = self.clone();
+        move || {
+            let Some((store, _)) = names.distant() else { return Ok(()) };
+            let found = store.require_present();
+            names.outage.probed(&found);
+            found
         }
     }
 
@@ -302,9 +286,15 @@ impl Names {
 
     /// Asks the store again for everything that somebody asked for within [`WATCHED`].
     /// False when there was nothing.
-    pub(super) fn refresh(&self) -> bool {
+    pub(super) fn refresh(self: &Arc<Self>) -> bool {
+        if self.outage.is_on() && self.distant().is_some() {
+            self.probe();
+            return true;
+        }
         for workflow in std::mem::take(&mut *lock(&self.uncounted)) {
-            let _ = self.nodes_asked(&workflow, Age::Fresh, false);
+            if self.nodes_asked(&workflow, Age::Fresh, false).is_err_and(|error| error.kind() == Kind::TimedOut) {
+                lock(&self.uncounted).insert(workflow);
+            }
         }
         let Some(since) = Instant::now().checked_sub(WATCHED) else { return true };
         let workflows = self.workflows.keys_asked_since(since);
@@ -321,51 +311,33 @@ impl Names {
 
     /// `store`, where it is still the one that was mounted; asked once in a while.
     fn present<'s>(&self, store: &'s Store) -> Result<&'s Store> {
-        let mut checked = lock(&self.checked);
+        let checked = *lock(&self.checked);
         if checked.is_none_or(|at| at.elapsed() >= FRESH) {
             store.require_present()?;
-            *checked = Some(Instant::now());
+            patience::progress();
+            *lock(&self.checked) = Some(Instant::now());
         }
         Ok(store)
     }
 
     /// The workflows to list.
-    pub(super) fn workflows(&self, age: Age) -> Result<Known<Vec<String>>> {
+    pub(super) fn workflows(self: &Arc<Self>, age: Age) -> Result<Known<Vec<String>>> {
         self.workflows_asked(age, true)
     }
 
-    fn workflows_asked(&self, age: Age, ask: bool) -> Result<Known<Vec<String>>> {
-        let read = |before: Option<&Vec<String>>| {
-            Ok(Some(match &self.source {
-                Source::Draft(draft) => vec![draft.environment.workflow().to_string()],
-                Source::Store(store) => {
-                    let mut names = self.present(store)?.workflows()?;
-                    if is_away(&names, before) {
-                        return Ok(None);
-                    }
-                    names.retain(|name| self.has_listed_node(name, Age::Fresh, ask).unwrap_or(true));
-                    names
-                }
-            }))
-        };
-        let known = self.workflows.get(&(), age, ask, &self.outage, read, || self.note(NameChange::Workflows))?;
-        Ok(known.unwrap_or_else(|| Known { value: Arc::new(Vec::new()), mtime: (0, 0) }))
+    fn workflows_asked(self: &Arc<Self>, age: Age, ask: bool) -> Result<Known<Vec<String>>> {
+        self.asked::<Workflows>(&(), age, ask).map(or_nothing)
     }
 
     /// The nodes of `workflow` to list.
-    pub(super) fn nodes(&self, workflow: &str, age: Age) -> Result<Known<Vec<String>>> {
+    pub(super) fn nodes(self: &Arc<Self>, workflow: &str, age: Age) -> Result<Known<Vec<String>>> {
         self.nodes_asked(workflow, age, true)
     }
 
     /// The nodes of `workflow` where they were read before, or where they are few; else none, and [`Names::refresh`] reads
     /// them: until then its directory has the time [`Names::begun`].
-    pub(super) fn nodes_if_read(&self, workflow: &str) -> Result<Option<Known<Vec<String>>>> {
-        let read = lock(&self.nodes.map).contains_key(workflow);
-        let few = || match &self.source {
-            Source::Draft(_) => Ok(true),
-            Source::Store(store) => store.nodes(workflow).map(|nodes| nodes.len() <= WAITED_FOR),
-        };
-        if read || few()? {
+    pub(super) fn nodes_if_read(self: &Arc<Self>, workflow: &str) -> Result<Option<Known<Vec<String>>>> {
+        if self.nodes.has(&workflow.to_string()) || self.has_few_nodes(workflow)? {
             return self.nodes(workflow, Age::Any).map(Some);
         }
         let mut uncounted = lock(&self.uncounted);
@@ -375,59 +347,76 @@ impl Names {
         Ok(None)
     }
 
+    fn has_few_nodes(self: &Arc<Self>, workflow: &str) -> Result<bool> {
+        let Source::Store(store) = &self.source else { return Ok(true) };
+        let Some((_, limit)) = self.distant() else { return Ok(store.nodes(workflow)?.len() <= WAITED_FOR) };
+        // Where that was found out before, or cannot be, nobody on the way to one of them waits again.
+        if lock(&self.uncounted).contains(workflow) {
+            return Ok(false);
+        }
+        let count = || {
+            let (store, workflow) = (store.clone(), workflow.to_string());
+            move || Ok(store.nodes(&workflow)?.len() <= WAITED_FOR)
+        };
+        match self.question(&self.few, &workflow.to_string(), limit, |_| true, count) {
+            Err(error) if error.kind() == Kind::TimedOut => Ok(false),
+            few => few,
+        }
+    }
+
     /// When these names began: no directory has an earlier time.
     pub(super) fn begun(&self) -> Time {
         self.begun
     }
 
-    fn nodes_asked(&self, workflow: &str, age: Age, ask: bool) -> Result<Known<Vec<String>>> {
-        let read = |before: Option<&Vec<String>>| {
-            Ok(Some(match &self.source {
-                Source::Draft(draft) => vec![draft.environment.node().to_string()],
-                Source::Store(store) => {
-                    let names = self.present(store)?.nodes(workflow)?;
-                    if is_away(&names, before) {
-                        return Ok(None);
-                    }
-                    // Not asked on behalf of each node: only the listing is watched.
-                    let listed = in_parallel(&names, |node| self.is_listed(workflow, node, Age::Fresh, false));
-                    names.into_iter().zip(listed).filter_map(|(name, listed)| listed.then_some(name)).collect()
-                }
-            }))
-        };
-        let changed = || self.note(NameChange::Nodes(workflow.into()));
-        let known = self.nodes.get(&workflow.to_string(), age, ask, &self.outage, read, changed)?;
-        Ok(known.unwrap_or_else(|| Known { value: Arc::new(Vec::new()), mtime: (0, 0) }))
+    fn nodes_asked(self: &Arc<Self>, workflow: &str, age: Age, ask: bool) -> Result<Known<Vec<String>>> {
+        self.asked::<Nodes>(&workflow.to_string(), age, ask).map(or_nothing)
     }
 
-    fn is_listed(&self, workflow: &str, node: &str, age: Age, ask: bool) -> bool {
-        let Ok(name) = EnvName::new(workflow, node) else { return false };
+    /// True when `node` has a current version.
+    ///
+    /// # Errors
+    /// None but those of [`patience`]: who cannot be read is not listed.
+    fn is_listed(self: &Arc<Self>, workflow: &str, node: &str, age: Age, ask: bool) -> Result<bool> {
+        let Ok(name) = EnvName::new(workflow, node) else { return Ok(false) };
         match self.env_asked(&name, age, ask) {
             Ok(env) => {
                 let mut unreadable = lock(&self.unreadable);
                 if !unreadable.is_empty() {
                     unreadable.remove(&name);
                 }
-                env.is_some_and(|env| env.listed)
+                Ok(env.is_some_and(|env| env.listed))
             }
+            Err(error) if matches!(error.kind(), Kind::WouldWait | Kind::TimedOut) => Err(error),
             Err(error) => {
                 // Asked again with every listing.
                 if lock(&self.unreadable).insert(name.clone()) {
                     tracing::warn!(environment = %name, error = error.chain(), "an environment cannot be listed");
                 }
-                false
+                Ok(false)
             }
         }
     }
 
-    fn has_listed_node(&self, workflow: &str, age: Age, ask: bool) -> Result<bool> {
+    fn has_listed_node(self: &Arc<Self>, workflow: &str, age: Age, ask: bool) -> Result<bool> {
         let Source::Store(store) = &self.source else { return Ok(true) };
         let witness = lock(&self.witness).get(workflow).cloned();
-        if witness.is_some_and(|name| self.is_listed(workflow, name.node(), age, ask)) {
+        if let Some(name) = witness
+            && self.is_listed(workflow, name.node(), age, ask)?
+        {
             return Ok(true);
         }
+        let Some((_, limit)) = self.distant() else { return self.find_witness(store, workflow, age, ask) };
+        let find = || {
+            let (names, store, workflow) = (self.clone(), store.clone(), workflow.to_string());
+            move || names.find_witness(&store, &workflow, age, ask)
+        };
+        self.question(&self.witnesses, &workflow.to_string(), limit, |found| *found, find)
+    }
+
+    fn find_witness(self: &Arc<Self>, store: &Store, workflow: &str, age: Age, ask: bool) -> Result<bool> {
         for node in self.present(store)?.nodes(workflow)? {
-            if self.is_listed(workflow, &node, age, ask) {
+            if self.is_listed(workflow, &node, age, ask)? {
                 let name = EnvName::new(workflow, &node)?;
                 lock(&self.witness).insert(workflow.into(), name);
                 return Ok(true);
@@ -437,85 +426,63 @@ impl Names {
     }
 
     /// True when directory `workflow` is to be found.
-    pub(super) fn has_workflow(&self, workflow: &str) -> Result<bool> {
-        match &self.source {
-            Source::Draft(draft) => Ok(draft.environment.workflow() == workflow),
-            Source::Store(_) => Ok(self.has_listed_node(workflow, Age::Fresh, true)?
-                || lock(&self.used).iter().any(|name| name.workflow() == workflow)
-                || self.has_listed_node(workflow, Age::Now, true)?),
+    pub(super) fn has_workflow(self: &Arc<Self>, workflow: &str) -> Result<bool> {
+        if let Source::Draft(draft) = &self.source {
+            return Ok(draft.environment.workflow() == workflow);
         }
+        let listed = self.has_listed_node(workflow, Age::Fresh, true);
+        if matches!(listed, Ok(true)) || lock(&self.used).iter().any(|name| name.workflow() == workflow) {
+            return Ok(true);
+        }
+        Ok(listed? || self.has_listed_node(workflow, Age::Now, true)?)
     }
 
     /// The environment `name`, where it is to be found.
-    pub(super) fn env(&self, name: &EnvName, age: Age) -> Result<Option<Env>> {
+    pub(super) fn env(self: &Arc<Self>, name: &EnvName, age: Age) -> Result<Option<Env>> {
+        // What is not known is read now in any case.
+        let age = if self.pointers.has(name) { age } else { Age::Now };
         match self.env_asked(name, age, true)? {
             None if age == Age::Fresh => self.env_asked(name, Age::Now, true),
             found => Ok(found),
         }
     }
 
-    fn env_asked(&self, name: &EnvName, age: Age, ask: bool) -> Result<Option<Env>> {
-        let read = |before: Option<&Pointed>| match &self.source {
-            Source::Draft(draft) => {
-                let number = Some(draft.number).filter(|_| draft.environment == *name);
-                Ok(number.map(|n| Pointed { now: Some(n), last: Some(n), sequence: 1 }))
-            }
-            Source::Store(store) => {
-                let Some(pointer) = self.present(store)?.pointer(name)? else { return Ok(None) };
-                // Where a newer one was seen, its directory is away, not the pointer withdrawn.
-                if before.is_some_and(|before| before.sequence > pointer.sequence) {
-                    return Ok(None);
-                }
-                let (now, last) = (pointer.version, before.and_then(|b| b.last));
-                Ok(Some(Pointed { now, last: now.or(last), sequence: pointer.sequence }))
-            }
-        };
-        let changed = || self.note(NameChange::Current(name.clone()));
-        let unmoved = if ask { None } else { self.unmoved(name) };
-        let known = match unmoved {
-            None => self.pointers.get(name, age, ask, &self.outage, read, changed)?,
-            known => known,
-        };
-        let Some(known) = known else { return Ok(None) };
+    fn env_asked(self: &Arc<Self>, name: &EnvName, age: Age, ask: bool) -> Result<Option<Env>> {
+        let Some(known) = self.asked::<Pointers>(name, age, ask)? else { return Ok(None) };
         let listed = known.value.now.is_some();
         let current = known.value.last.filter(|_| listed || lock(&self.used).contains(name));
         Ok(current.map(|current| Env { current, listed, mtime: known.mtime }))
     }
 
-    /// What is known of the pointer of `name`, where it was read within [`WATCHED`] and the next one is not there: one
-    /// question to the store instead of several, for thousands of names that nobody asks for but a listing.
-    fn unmoved(&self, name: &EnvName) -> Option<Known<Pointed>> {
-        let Source::Store(store) = &self.source else { return None };
-        self.present(store).ok()?;
-        self.pointers.confirm(name, WATCHED, |pointed| !store.may_have_pointer(name, pointed.sequence + 1))
-    }
-
     /// The numbers of the versions of `name`, ascending.
-    pub(super) fn versions(&self, name: &EnvName, age: Age) -> Result<Known<Vec<u64>>> {
+    pub(super) fn versions(self: &Arc<Self>, name: &EnvName, age: Age) -> Result<Known<Vec<u64>>> {
         self.versions_asked(name, age, true)
     }
 
-    fn versions_asked(&self, name: &EnvName, age: Age, ask: bool) -> Result<Known<Vec<u64>>> {
-        let read = |before: Option<&Vec<u64>>| {
-            let numbers = match &self.source {
-                Source::Draft(draft) => vec![draft.number],
-                Source::Store(store) => self.present(store)?.version_numbers(name)?,
-            };
-            let away = is_away(&numbers, before);
-            Ok(Some(numbers).filter(|_| !away))
-        };
-        let changed = || self.note(NameChange::Versions(name.clone()));
-        let known = self.versions.get(name, age, ask, &self.outage, read, changed)?;
-        Ok(known.unwrap_or_else(|| Known { value: Arc::new(Vec::new()), mtime: (0, 0) }))
+    fn versions_asked(self: &Arc<Self>, name: &EnvName, age: Age, ask: bool) -> Result<Known<Vec<u64>>> {
+        self.asked::<Versions>(name, age, ask).map(or_nothing)
     }
 
     /// The document of a version, read from the store now.
-    pub(super) fn version(&self, name: &EnvName, number: u64) -> Result<Version> {
-        match &self.source {
-            Source::Draft(draft) if draft.environment == *name && draft.number == number => Ok((**draft).clone()),
-            Source::Draft(_) => Err(Error::new(Kind::NotFound, format!("{name} has no version {number} here"))),
-            Source::Store(store) => store.version(name, number),
-        }
+    pub(super) fn version(self: &Arc<Self>, name: &EnvName, number: u64) -> Result<Version> {
+        let none = |here: &str| Error::new(Kind::NotFound, format!("{name} has no version {number}{here}"));
+        let store = match &self.source {
+            Source::Draft(draft) if draft.environment == *name && draft.number == number => {
+                return Ok((**draft).clone());
+            }
+            Source::Draft(_) => return Err(none(" here")),
+            Source::Store(store) => store,
+        };
+        let Some((_, limit)) = self.distant() else { return store.version(name, number) };
+        let read = || {
+            let (store, name) = (store.clone(), name.clone());
+            move || match store.version(&name, number) {
+                Err(error) if error.is_not_found() => Ok(None),
+                version => version.map(Some),
+            }
+        };
+        let found = self.question(&self.documents, &(name.clone(), number), limit, Option::is_some, read)?;
+        found.ok_or_else(|| none("").hint(format!("see `envfabric versions {name}`")))
     }
 
     /// Says that a version of `name` was shown: from now on its paths stay, even if it is removed.
@@ -527,56 +494,6 @@ impl Names {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn modification_times_grow_strictly_even_when_the_clock_does_not() {
-        let far = (i64::MAX - 10, 999_999_999);
-        assert_eq!(later_than(far), (i64::MAX - 9, 0));
-        assert_eq!(later_than((i64::MAX - 10, 5)), (i64::MAX - 10, 6));
-        assert!(later_than((5, 5)) > (1_000_000_000, 0));
-    }
-
-    #[test]
-    fn an_answer_stays_when_the_store_does_not_answer() {
-        let cells: Cells<u8, u32> = Cells::new();
-        let outage = Outage::default();
-        let get = |answer: Result<Option<u32>>| {
-            let mut changed = false;
-            let stale = Instant::now().checked_sub(FRESH * 2).unwrap();
-            if let Some(cell) = lock(&cells.map).get(&1) {
-                lock(cell).read = stale;
-            }
-            let known = cells.get(&1, Age::Fresh, true, &outage, |_| answer, || changed = true);
-            (known.ok().flatten().map(|k| (*k.value, k.mtime)), changed)
-        };
-        let failed = || Err(Error::new(Kind::Os(libc::EIO), "no"));
-        assert_eq!(get(failed()), (None, false));
-        assert_eq!(get(Ok(None)), (None, false));
-        let (first, _) = get(Ok(Some(1)));
-        assert_eq!(get(failed()), (first, false));
-        assert_eq!(get(Ok(Some(1))), (first, false));
-        let (second, changed) = get(Ok(Some(2)));
-        assert!(changed && second.unwrap().1 > first.unwrap().1);
-        assert_eq!(
-            cells.get(&1, Age::Fresh, true, &outage, |_| panic!("it is fresh"), || ()).unwrap().unwrap().value,
-            2.into()
-        );
-    }
-
-    #[test]
-    fn an_outage_is_told_once_and_so_is_its_end() {
-        let outage = Outage::default();
-        // Two names, each asked many times; then the store is back; then the same once more.
-        for _ in 0..2 {
-            let told = (0..10).map(|i| (outage.begins(i > 0), outage.begins(i > 0))).filter(|t| *t != (false, false));
-            assert_eq!(told.collect::<Vec<_>>(), [(true, false)]);
-            assert_eq!([outage.ends(true), outage.ends(true), outage.ends(false)], [true, false, false]);
-        }
-        // One name that always fails among others that do not.
-        let told = (0..10).map(|i| (outage.begins(i > 0), outage.ends(false))).filter(|(begins, _)| *begins);
-        assert_eq!(told.count(), 1);
-    }
+fn or_nothing<T: Default>(known: Option<Known<T>>) -> Known<T> {
+    known.unwrap_or_else(|| Known { value: Arc::default(), mtime: (0, 0) })
 }
