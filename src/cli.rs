@@ -3,6 +3,7 @@
 //! Every verb gets the `Context` (settings and output) and its own arguments, and prints through `Output`, which
 //! knows about `--json` and closed pipes. Exit codes come from [`crate::error::Kind::exit_code`] alone.
 
+mod cache;
 mod completions;
 mod config;
 mod create;

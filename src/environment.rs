@@ -32,4 +32,4 @@ pub(crate) use interpreter::tests::cpython311;
 pub use digest::{Digest, Hasher};
 pub use interpreter::{Interpreter, Markers};
 pub use name::EnvName;
-pub use version::{Builder, Conflict, Document, InterpreterRef, Source, VERSION_FORMAT, Version};
+pub use version::{Builder, Conflict, Document, InterpreterRef, Source, Summary, VERSION_FORMAT, Version};

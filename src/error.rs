@@ -152,6 +152,11 @@ impl Error {
         again
     }
 
+    /// True when the store was not waited for, or not any longer: nothing is known of what was asked.
+    pub fn is_about_waiting(&self) -> bool {
+        matches!(self.0.kind, Kind::WouldWait | Kind::TimedOut)
+    }
+
     /// The kind.
     pub fn kind(&self) -> Kind {
         self.0.kind

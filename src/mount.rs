@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use fuser::{Config, Generation, Session, SessionACL};
 use signal_hook::iterator::Signals;
+use tempfile::TempDir;
 
 pub use attach::{fusermount, preflight, umount};
 pub use passthrough::{NoPassthrough, is_local, obstacle};
@@ -33,9 +34,10 @@ pub use stats::{Memory, Opens, PassthroughUse, Stats, stats};
 pub use table::{MountInfo, find, mounts};
 pub use trial::{clear_dead_trials, end_trials, trial};
 
+use crate::cache::{self, Cache};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::patience::{self, Pool};
-use crate::store::{Index, Store};
+use crate::store::{Codec, Index, Store};
 use crate::view::{Mountpoint, Tree};
 use adapter::{Adapter, Spaces};
 use passthrough::Passthrough;
@@ -58,8 +60,12 @@ pub struct Options {
     pub imports: bool,
     /// Whether the store may hang, so that no thread that answers must wait for it; none: as its file system says.
     pub distant: Option<bool>,
-    /// How long a distant store may take for one answer.
+    /// How long a distant store may take for one answer about names.
     pub patience: Duration,
+    /// What to keep of a store whose files are not read in place; none: a temporary directory.
+    pub cache: Option<cache::Options>,
+    /// Keep it also of a store whose files could be read in place.
+    pub cache_always: bool,
 }
 
 impl Options {
@@ -73,6 +79,8 @@ impl Options {
             imports: true,
             distant: None,
             patience: patience::LIMIT,
+            cache: None,
+            cache_always: false,
         }
     }
 }
@@ -94,6 +102,8 @@ pub struct Mounted {
     at: Mountpoint,
     session: Arc<Served>,
     refresher: Arc<Refresher>,
+    /// Where the cache is, if it is to go with the mount.
+    _temporary: Option<TempDir>,
 }
 
 /// Whether the session still runs, and what ended it.
@@ -119,11 +129,17 @@ fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
             .hint("name a directory outside of the store"));
     }
     attach::raise_open_files();
-    let distant = options.distant.unwrap_or_else(|| !is_local(tree.store()));
+    let distant = options.distant.unwrap_or_else(|| !is_local(tree.store().root()));
     let tree = if distant { tree.distant(options.patience) } else { tree };
+    let (tree, temporary) = match distant || options.cache_always || tree.store().codec() != Codec::Raw {
+        true => with_cache(tree, options)?,
+        false => (tree, None),
+    };
+    // Files of the store, or of the cache.
+    let files = tree.cache().map_or_else(|| tree.store().root().to_path_buf(), |cache| cache.dir().to_path_buf());
     let tree = Arc::new(if options.imports { tree } else { tree.without_imports() });
     let refresher = Arc::new(Refresher::default());
-    let obstacle = obstacle(tree.store(), options.passthrough);
+    let obstacle = obstacle(&files, options.passthrough);
     let try_passthrough = obstacle.is_none();
     let passthrough = Passthrough::default();
     if let Some(why) = obstacle {
@@ -141,7 +157,7 @@ fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
         passthrough,
         counters: Counters::default(),
         threads: options.threads.max(1),
-        waiters: if distant { Some(Pool::of_waiters()?) } else { None },
+        waiters: if tree.cache().is_some() { Some(Pool::of_waiters()?) } else { None },
         space: Spaces::default(),
     });
     let mut config = Config::default();
@@ -160,7 +176,7 @@ fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
         let session = Session::from_fd(adapter, device, acl, config).at("serving", &dir)?;
         let notifier = session.notifier();
         let served = Arc::new(Served::default());
-        let mounted = Mounted { at, session: served.clone(), refresher: refresher.clone() };
+        let mounted = Mounted { at, session: served.clone(), refresher: refresher.clone(), _temporary: temporary };
         let run = move || {
             served.finish(match session.run() {
                 // A request (the release of the last file, say) was just being read when the unmounting ended the
@@ -177,6 +193,20 @@ fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
         let _ = attach::detach(&dir, true);
     }
     started
+}
+
+/// `tree` with a cache as `options` say; without a word from them in a directory that is gone when the mount is.
+fn with_cache(tree: Tree, options: &Options) -> Result<(Tree, Option<TempDir>)> {
+    let (keep, temporary) = match &options.cache {
+        Some(keep) => (keep.clone(), None),
+        None => {
+            let dir = tempfile::Builder::new().prefix("envfabric-cache-").tempdir();
+            let dir = dir.at("creating", std::env::temp_dir())?;
+            (cache::Options::at(dir.path()), Some(dir))
+        }
+    };
+    let cache = Cache::open(keep, tree.store().clone())?;
+    Ok((tree.cached(Arc::new(cache)), temporary))
 }
 
 impl Served {

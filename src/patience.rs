@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use flights::{Answered, Flights};
+pub(crate) use pool::BYTES;
 pub use pool::Pool;
 
 use crate::error::{Error, Kind, Result};

@@ -23,6 +23,7 @@
 //! number is found again from the number alone, with the help of bounded memories. It may be asked from many threads.
 
 mod bytes;
+mod documents;
 mod imports;
 mod inode;
 mod listing;
@@ -47,10 +48,11 @@ pub use listing::EntryRef;
 pub use names::{FRESH, NameChange, Time, WATCHED};
 pub use version::CONFIG_SIZE;
 
+use crate::cache::{Cache, Held};
 use crate::environment::{Digest, EnvName, Version};
 use crate::error::{Error, Kind, Result};
-use crate::store::{Catalog, FILE_MTIME, Index, LayerKind, Node, Place, Row, RowId, ScannedKind, Store};
-use bytes::{Holder, Location, Objects};
+use crate::store::{Catalog, FILE_MTIME, Index, LayerDoc, LayerKind, Node, Place, Row, RowId, ScannedKind, Store};
+use bytes::{Location, Objects};
 use lru::Lru;
 use merge::{Child, Content, MergedDir};
 use names::{Age, Names};
@@ -132,8 +134,15 @@ enum Rest {
 pub enum Opened {
     /// They never change: the kernel may keep them.
     Lasting,
-    /// They never change, and are all there is in this open file of the store, which has this many of them.
-    Whole(Arc<File>, u64),
+    /// They never change, and are all of an object.
+    Whole {
+        /// The file with all of them, where there is one that can be read in place.
+        file: Option<Arc<File>>,
+        /// How many there are.
+        size: u64,
+        /// To be kept as long as the file is open.
+        held: Option<Held>,
+    },
     /// They differ by who reads: the kernel must not keep them.
     ByReader,
 }
@@ -184,6 +193,7 @@ pub struct Tree {
     imports: Lru<Ino, Arc<[u8]>>,
     offer_imports: bool,
     objects: Objects,
+    cache: Option<Arc<Cache>>,
     told: Mutex<HashSet<String>>,
 }
 
@@ -226,8 +236,14 @@ impl Tree {
             imports: Lru::single(IMPORTS_BYTES_MAX),
             offer_imports: true,
             objects: Objects::new(),
+            cache: None,
             told: Mutex::default(),
         }
+    }
+
+    /// The same with what this node keeps of the store.
+    pub fn cached(self, cache: Arc<Cache>) -> Tree {
+        Tree { cache: Some(cache), ..self }
     }
 
     /// The same without what accelerates imports.
@@ -497,7 +513,7 @@ impl Tree {
     }
 
     fn layers(&self, view: &VersionView) -> Result<Arc<Layers>> {
-        view.layers(&self.store, &self.index, |digest| self.layer_slots.ensure(digest))
+        view.layers(|digests, summaries| self.layer_docs(digests, summaries), |digest| self.layer_slots.ensure(digest))
     }
 
     fn version(&self, slot: u32) -> Result<Arc<VersionView>> {

@@ -27,7 +27,7 @@ fn pythons() -> Vec<PathBuf> {
 /// Writes the files of a layer to `root`, as a mount would show them.
 fn show(store: &Store, interpreter: &StoredInterpreter, root: &Path) {
     let catalog = store.catalog(&interpreter.layer).unwrap();
-    let pack = fs::read(store.pack_path(catalog.pack().unwrap())).unwrap();
+    let pack = fs::read(store.object_path(&catalog.pack().unwrap())).unwrap();
     fs::create_dir_all(root).unwrap();
     for row in catalog.verify().unwrap() {
         let path = root.join(String::from_utf8(catalog.path_of(row.id).unwrap()).unwrap());

@@ -384,9 +384,9 @@ fn what_was_repaired_in_the_store_is_good_again_at_once() {
     fixture.publish("demo/a", vec![layer]);
     let tree = Tree::new(fixture.store.clone(), fixture.index.clone());
     let ino = |name: &str| find(&tree, &format!("demo/a/.versions/1/.venv/{SITE}/{name}")).unwrap().ino;
-    let pack = *fixture.store.catalog(&layer).unwrap().pack().unwrap();
+    let pack = fixture.store.catalog(&layer).unwrap().pack().unwrap();
     for (name, path, content) in [
-        ("small", fixture.store.pack_path(&pack), noise(3_000, 1)),
+        ("small", fixture.store.object_path(&pack), noise(3_000, 1)),
         ("big", fixture.store.blob_path(&Digest::of(&noise(300_000, 2))), noise(300_000, 2)),
     ] {
         let read = || tree.read(ino(name), 0, 1 << 20, Reader::default());

@@ -2,13 +2,13 @@
 
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
 use crate::environment::Digest;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::store::{FILE_MTIME, Node, Place, Staged, StagedKind, Store};
+use crate::store::{FILE_MTIME, Node, ObjectFile, Place, Staged, StagedKind, Store};
 
 /// Copies one file, following links; the copy is writable.
 pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
@@ -96,13 +96,7 @@ pub(super) fn staged(root: &Path) -> Result<Vec<Staged>> {
 /// Writes the files of `layer` below `root`, which must not exist.
 pub(super) fn materialise(store: &Store, layer: &Digest, root: &Path) -> Result<()> {
     let catalog = store.catalog(layer)?;
-    let pack = match catalog.pack() {
-        Some(digest) => {
-            let path = store.pack_path(digest);
-            Some((File::open(&path).at("opening", &path)?, path))
-        }
-        None => None,
-    };
+    let pack = catalog.pack().map(|pack| ObjectFile::open(store, &pack)?.read()).transpose()?;
     fs::create_dir_all(root).at("creating", root)?;
     for row in catalog.verify()? {
         let path = root.join(std::ffi::OsStr::from_bytes(&catalog.path_of(row.id)?));
@@ -113,10 +107,9 @@ pub(super) fn materialise(store: &Store, layer: &Digest, root: &Path) -> Result<
             }
             Node::File { size, executable, digest, place } => {
                 let bytes = match (place, &pack) {
-                    (Place::Pack { offset }, Some((file, pack_path))) => {
-                        let mut bytes = vec![0; size as usize];
-                        file.read_exact_at(&mut bytes, offset).at("reading", pack_path)?;
-                        bytes
+                    (Place::Pack { offset }, Some(pack)) => {
+                        let end = offset.saturating_add(size);
+                        pack.get(offset as usize..end as usize).unwrap_or_default().to_vec()
                     }
                     _ => store.read_blob(&digest)?,
                 };

@@ -14,6 +14,12 @@ pub(crate) struct Config {
     pub(crate) store: Option<PathBuf>,
     /// Mount point.
     pub(crate) mount: Option<PathBuf>,
+    /// Directory of the node cache.
+    pub(crate) cache: Option<PathBuf>,
+    /// What the cache may hold, `20GiB`.
+    pub(crate) cache_size: Option<String>,
+    /// What it leaves free of the disk.
+    pub(crate) cache_free: Option<String>,
     /// The uv program.
     pub(crate) uv: Option<PathBuf>,
     /// Directory for builds in progress; must not be on a slow file system.
@@ -43,7 +49,8 @@ impl Config {
         // Relative paths in a file mean: relative to the file.
         let base = std::path::absolute(path).at("finding", path)?;
         let base = base.parent().unwrap_or(Path::new("/"));
-        for path in [&mut config.store, &mut config.mount, &mut config.uv, &mut config.scratch].into_iter().flatten() {
+        let paths = [&mut config.store, &mut config.mount, &mut config.cache, &mut config.uv, &mut config.scratch];
+        for path in paths.into_iter().flatten() {
             *path = base.join(&*path);
         }
         Ok(config)
@@ -53,7 +60,7 @@ impl Config {
         toml::from_str(text).map_err(|error| {
             Error::new(Kind::Usage, error.message().to_string())
                 .detail(error.to_string().trim_end().to_string())
-                .hint("keys: store, mount, uv, scratch, index-url, extra-index-urls, python-platform")
+                .hint("keys: store, mount, cache, cache-size, cache-free, uv, scratch, index-url, extra-index-urls, python-platform")
         })
     }
 }

@@ -146,7 +146,7 @@ fn passthrough(store: &Store, at: &Path) -> Check {
             let why = stats.passthrough.why_not.unwrap_or_default();
             Check::new(NAME, State::Note, format!("not used by the mount at {}: {why}", at.display()))
         }
-        None => match mount::obstacle(store, true) {
+        None => match mount::obstacle(store.root(), true) {
             Some(why) => without(&why.to_string()),
             None if !release().1 => without(&mount::NoPassthrough::Kernel.to_string()),
             None => Check::new(NAME, State::Ok, "a mount made now would have it"),
@@ -193,7 +193,7 @@ fn writable(root: &Path) -> Result<()> {
 fn describe(store: &Store) -> String {
     let root = store.root();
     let free = nix::sys::statvfs::statvfs(root).map(|s| s.blocks_available() * s.fragment_size()).unwrap_or(0);
-    let kind = if mount::is_local(store) { "local" } else { "network" };
+    let kind = if mount::is_local(store.root()) { "local" } else { "network" };
     format!("{} ({kind} file system, {} free)", root.display(), bytes(free))
 }
 

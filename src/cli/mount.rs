@@ -9,6 +9,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::Context;
+use super::cache::CacheFlags;
 use super::daemon::start_daemon;
 use crate::error::{IoContext, Kind, Result};
 use crate::mount::{self, Ended, Options};
@@ -37,6 +38,8 @@ pub(crate) struct Mount {
     /// Do not offer environments what makes their imports cheaper
     #[arg(long)]
     plain_imports: bool,
+    #[command(flatten)]
+    cache: CacheFlags,
     /// Threads that answer the kernel
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: Option<u16>,
@@ -67,6 +70,7 @@ impl Mount {
             }
         }
         flags.extend(self.threads.map(|n| format!("--threads={n}")));
+        flags.extend(self.cache.flags());
         let log = start_daemon(context, &dir, &flags)?;
         let store = &context.settings.store;
         let value = serde_json::json!({
@@ -92,6 +96,8 @@ impl Mount {
         }
         options.passthrough = !self.no_passthrough;
         options.imports = !self.plain_imports;
+        options.cache_always = self.cache.always(context);
+        options.cache = Some(self.cache.options(context)?);
         if let Some(threads) = self.threads {
             options.threads = usize::from(threads);
         }

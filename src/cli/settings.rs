@@ -14,6 +14,10 @@ pub(crate) struct Settings {
     pub(crate) store_is_default: bool,
     /// Mount point, absolute.
     pub(crate) mount: PathBuf,
+    /// Directory of the node cache; none when there is no home.
+    pub(crate) cache: Option<PathBuf>,
+    /// True when somebody named it.
+    pub(crate) cache_is_named: bool,
     /// Directory of the index, locks and logs, on a local disk; none when there is no home.
     state: Option<PathBuf>,
     /// Directory for builds in progress.
@@ -55,8 +59,14 @@ impl Settings {
             Some(path) => absolute(path)?,
             None => xdg("XDG_CACHE_HOME", ".cache").map_or_else(|_| std::env::temp_dir(), |dir| dir.join("build")),
         };
+        let named_cache = variable("ENVFABRIC_CACHE").or_else(|| config.cache.clone());
+        let cache_is_named = named_cache.is_some();
+        let cache = match named_cache {
+            Some(path) => Some(absolute(path)?),
+            None => xdg("XDG_CACHE_HOME", ".cache").ok().map(|dir| dir.join("files")),
+        };
         let state = xdg("XDG_STATE_HOME", ".local/state").ok();
-        Ok(Settings { store, store_is_default, mount, state, scratch, config })
+        Ok(Settings { store, store_is_default, mount, cache, cache_is_named, state, scratch, config })
     }
 
     /// Directory of the index, locks and logs.

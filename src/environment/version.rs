@@ -30,7 +30,7 @@ pub struct Version {
     pub layers: Vec<Digest>,
     /// Blobs that have the documents of the layers.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub summaries: Vec<Digest>,
+    pub summaries: Vec<Summary>,
     /// The lock that decided `layers`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lock: Option<Document>,
@@ -59,6 +59,15 @@ impl Version {
             && self.pyproject == other.pyproject
             && self.source == other.source
     }
+}
+
+/// A blob with the documents of many layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Summary {
+    /// Its digest.
+    pub blob: Digest,
+    /// Length in bytes.
+    pub size: u64,
 }
 
 /// The interpreter of a version.

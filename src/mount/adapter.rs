@@ -81,8 +81,14 @@ impl Serving {
                 self.counters.opened(How::Direct);
                 reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
             }
-            Opened::Whole(file, size) if self.try_passthrough => {
-                match self.passthrough.open(ino(number), &file, size, &reply) {
+            Opened::Lasting => {
+                self.counters.opened(How::Cached);
+                reply.opened(FileHandle(0), kept);
+            }
+            // Counted, because a passthrough handle must not be given beside another; and it stays in the cache meanwhile.
+            Opened::Whole { file, size, held } => {
+                let file = file.as_deref().filter(|_| self.try_passthrough).map(|file| (file, size));
+                match self.passthrough.open(ino(number), file, held, &reply) {
                     Mode::Cached(handle) => {
                         self.counters.opened(How::Cached);
                         reply.opened(handle, kept);
@@ -92,10 +98,6 @@ impl Serving {
                         reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
                     }
                 }
-            }
-            Opened::Lasting | Opened::Whole(..) => {
-                self.counters.opened(How::Cached);
-                reply.opened(FileHandle(0), kept);
             }
         }
     }

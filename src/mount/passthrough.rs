@@ -9,13 +9,14 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fuser::{BackingId, FileHandle, ReplyOpen};
 use nix::sys::statfs::{self, FsType};
 
-use crate::store::Store;
+use crate::cache::Held;
 use crate::view::Ino;
 
 /// File systems tried with passthrough, by their `f_type`: those on local disks that do not stack on others.
@@ -92,7 +93,7 @@ pub(super) struct Passthrough {
     enabled: AtomicBool,
     /// Why it is not enabled, or not any more.
     why_not: Mutex<Option<NoPassthrough>>,
-    open: Mutex<HashMap<Ino, Handles<Arc<BackingId>>>>,
+    open: Mutex<HashMap<Ino, (Handles<Arc<BackingId>>, Option<Held>)>>,
 }
 
 /// How to answer an open.
@@ -130,22 +131,23 @@ impl fmt::Display for NoPassthrough {
     }
 }
 
-/// What keeps a mount of `store` by this process from passthrough, but for the kernel, which tells only a mount.
-pub fn obstacle(store: &Store, wanted: bool) -> Option<NoPassthrough> {
+/// What keeps a mount of a store, whose large files are opened in `dir`, by this process from passthrough, but for the
+/// kernel, which tells only a mount.
+pub fn obstacle(dir: &Path, wanted: bool) -> Option<NoPassthrough> {
     if !wanted {
         Some(NoPassthrough::SwitchedOff)
     } else if !super::attach::is_root() {
         Some(NoPassthrough::NotRoot)
-    } else if !is_local(store) {
+    } else if !is_local(dir) {
         Some(NoPassthrough::NotLocal)
     } else {
         None
     }
 }
 
-/// True when the files of `store` lie on a file system that passthrough is tried with.
-pub fn is_local(store: &Store) -> bool {
-    statfs::statfs(store.root()).is_ok_and(|stat| LOCAL.contains(&stat.filesystem_type()))
+/// True when `dir` is on a file system of a local disk, with which passthrough is tried.
+pub fn is_local(dir: &Path) -> bool {
+    statfs::statfs(dir).is_ok_and(|stat| LOCAL.contains(&stat.filesystem_type()))
 }
 
 impl Passthrough {
@@ -170,10 +172,15 @@ impl Passthrough {
         why.or_else(|| (!self.is_enabled()).then_some(NoPassthrough::Kernel))
     }
 
-    /// Chooses how `ino`, which is all of `file`, is opened, and counts the handle.
-    pub(super) fn open(&self, ino: Ino, file: &File, size: u64, reply: &ReplyOpen) -> Mode {
+    /// Chooses how `ino`, which is all of `file`, is opened, and counts the handle. Without a file it is opened in the
+    /// ordinary way; `held` is kept as long as any handle is.
+    pub(super) fn open(&self, ino: Ino, file: Option<(&File, u64)>, held: Option<Held>, reply: &ReplyOpen) -> Mode {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let backing = open.entry(ino).or_default().open(|| self.backing(file, size, reply));
+        let (handles, kept) = open.entry(ino).or_default();
+        let backing = handles.open(|| file.and_then(|(file, size)| self.backing(file, size, reply)));
+        if kept.is_none() {
+            *kept = held;
+        }
         backing.map_or(Mode::Cached(CACHED), |backing| Mode::Passed(PASSED, backing))
     }
 
@@ -199,7 +206,7 @@ impl Passthrough {
     /// Counts a handle out.
     pub(super) fn release(&self, ino: Ino, handle: FileHandle) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(handles) = open.get_mut(&ino) else { return };
+        let Some((handles, _)) = open.get_mut(&ino) else { return };
         handles.release(handle);
         if handles.is_empty() {
             open.remove(&ino);

@@ -110,7 +110,7 @@ impl<T: Send + 'static> Flight<T> {
         after: impl FnOnce() + Send + 'static,
     ) -> Result<()> {
         let landing = Landing { flight: self.clone(), after: Some(after) };
-        pool::ask_store(move || {
+        pool::NAMES.ask(move || {
             if landing.start() {
                 let answer = in_mode(Mode::Asks(landing.flight.progress.clone()), what);
                 lock(&landing.flight.state).answer = Some(answer);

@@ -60,33 +60,50 @@ fn no_threads() -> Error {
     Error::new(Kind::Failed, "no threads can be started to ask the store")
 }
 
-/// Questions to the store that have not ended.
-static ASKED: AtomicUsize = AtomicUsize::new(0);
+/// Threads that ask the store, with their questions that have not ended.
+#[derive(Debug)]
+pub(crate) struct StoreThreads {
+    name: &'static str,
+    pool: OnceLock<Option<Pool>>,
+    asked: AtomicUsize,
+}
 
-/// Counts one out, whatever became of it.
-struct Asked;
+/// For names and documents.
+pub(crate) static NAMES: StoreThreads = StoreThreads::new("store");
+
+/// For bytes of objects: names that hang do not keep them waiting, nor they names.
+pub(crate) static BYTES: StoreThreads = StoreThreads::new("fetch");
+
+/// Counts a question out, whatever became of it.
+struct Asked(&'static StoreThreads);
 
 impl Drop for Asked {
     fn drop(&mut self) {
-        ASKED.fetch_sub(1, Ordering::Relaxed);
+        self.0.asked.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// Has `question` asked by one of the store threads of the process.
-///
-/// # Errors
-/// [`Kind::TimedOut`] when thousands hang already.
-pub(super) fn ask_store(question: impl FnOnce() + Send + 'static) -> Result<()> {
-    static POOL: OnceLock<Option<Pool>> = OnceLock::new();
-    let pool = POOL.get_or_init(|| Pool::new("store", STORE_THREADS_MAX).ok()).as_ref().ok_or_else(no_threads)?;
-    let before = ASKED.fetch_add(1, Ordering::Relaxed);
-    let asked = Asked;
-    if before >= STORE_THREADS_MAX + QUEUE_MAX {
-        return Err(Error::new(Kind::TimedOut, "too many questions to the store are without an answer"));
+impl StoreThreads {
+    const fn new(name: &'static str) -> Self {
+        StoreThreads { name, pool: OnceLock::new(), asked: AtomicUsize::new(0) }
     }
-    pool.run(move || {
-        let _asked = asked;
-        question();
-    });
-    Ok(())
+
+    /// Has `question` asked by one of the threads.
+    ///
+    /// # Errors
+    /// [`Kind::TimedOut`] when thousands hang already.
+    pub(crate) fn ask(&'static self, question: impl FnOnce() + Send + 'static) -> Result<()> {
+        let pool = self.pool.get_or_init(|| Pool::new(self.name, STORE_THREADS_MAX).ok());
+        let pool = pool.as_ref().ok_or_else(no_threads)?;
+        let before = self.asked.fetch_add(1, Ordering::Relaxed);
+        let asked = Asked(self);
+        if before >= STORE_THREADS_MAX + QUEUE_MAX {
+            return Err(Error::new(Kind::TimedOut, "too many questions to the store are without an answer"));
+        }
+        pool.run(move || {
+            let _asked = asked;
+            question();
+        });
+        Ok(())
+    }
 }

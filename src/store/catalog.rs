@@ -19,6 +19,7 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension};
 
 use super::chunks::{CHUNK_SIZE, Chunks};
 use super::layer::Canon;
+use super::object::{Object, Room};
 use super::row::{Node, Place, Row, RowId, is_component};
 use crate::environment::Digest;
 use crate::error::{Error, Kind, Result};
@@ -134,8 +135,8 @@ impl Catalog {
     }
 
     /// The pack of the small files.
-    pub fn pack(&self) -> Option<&Digest> {
-        self.pack.as_ref().map(|(pack, _)| pack)
+    pub fn pack(&self) -> Option<Object> {
+        self.pack.map(|(digest, size)| Object { room: Room::Packs, digest, size })
     }
 
     /// The chunks of `object`, with `size` bytes: the pack, or a file of this layer.

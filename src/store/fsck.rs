@@ -150,7 +150,7 @@ impl Store {
         if objects.get(&("catalogs", doc.catalog)) != Some(&doc.catalog_size) {
             problems.push((catalog_path.clone(), "is missing or damaged".into()));
         }
-        match self.catalog_of(&doc).and_then(|c| c.verify().map(|rows| (c.pack().copied(), rows))) {
+        match self.catalog_of(&doc).and_then(|c| c.verify().map(|rows| (c.pack().map(|pack| pack.digest), rows))) {
             Err(error) => problems.push((catalog_path, error.chain())),
             Ok((pack, rows)) => {
                 let pack_size = pack.map(|p| (p, objects.get(&("packs", p)).copied()));

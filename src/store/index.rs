@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use rusqlite::{Connection, OptionalExtension};
 
 use super::{LayerDoc, Store};
-use crate::environment::Digest;
+use crate::environment::{Digest, Summary};
 use crate::error::{Error, IoContext, Kind, Result};
 
 /// Bumped when the tables change; an index of another number is thrown away.
@@ -109,7 +109,7 @@ impl Index {
     }
 
     /// Takes in the documents of a summary.
-    pub fn learn(&self, summary: &Digest, docs: Vec<LayerDoc>) -> Result<()> {
+    pub fn learn(&self, summary: &Summary, docs: Vec<LayerDoc>) -> Result<()> {
         let digests: Vec<Digest> = docs.iter().map(|doc| doc.digest).collect();
         self.keep(&docs.into_iter().map(Arc::new).collect::<Vec<_>>())?;
         self.set_summary(&digests, summary)
@@ -130,27 +130,30 @@ impl Index {
     }
 
     /// Those of `layers` that are known to be in a summary, with that summary.
-    pub(super) fn summaries(&self, layers: &[Digest]) -> Result<Vec<(Digest, Digest)>> {
+    pub(super) fn summaries(&self, layers: &[Digest]) -> Result<Vec<(Digest, Summary)>> {
         let db = self.db();
         let _reading = db.unchecked_transaction().map_err(|e| self.told(e))?;
-        let mut select = db.prepare_cached("SELECT summary FROM layer WHERE digest = ?1").map_err(|e| self.told(e))?;
+        let mut select = db
+            .prepare_cached("SELECT summary, summary_size FROM layer WHERE digest = ?1 AND summary IS NOT NULL")
+            .map_err(|e| self.told(e))?;
         let mut found = Vec::new();
         for layer in layers {
-            let summary: Option<Option<[u8; 32]>> =
-                select.query_row([layer.as_bytes()], |r| r.get(0)).optional().map_err(|e| self.told(e))?;
-            found.extend(summary.flatten().map(|summary| (*layer, Digest::from_bytes(summary))));
+            let known = select.query_row([layer.as_bytes()], |row| {
+                Ok(Summary { blob: Digest::from_bytes(row.get(0)?), size: row.get::<_, i64>(1)?.unsigned_abs() })
+            });
+            found.extend(known.optional().map_err(|e| self.told(e))?.map(|summary| (*layer, summary)));
         }
         Ok(found)
     }
 
     /// Notes that the documents of `layers` are in `summary`.
-    pub(super) fn set_summary(&self, layers: &[Digest], summary: &Digest) -> Result<()> {
+    pub(super) fn set_summary(&self, layers: &[Digest], summary: &Summary) -> Result<()> {
         let mut db = self.db();
         let transaction = db.transaction().map_err(|e| self.told(e))?;
         for layer in layers {
             transaction
-                .prepare_cached("UPDATE layer SET summary = ?2 WHERE digest = ?1")
-                .and_then(|mut update| update.execute((layer.as_bytes(), summary.as_bytes())))
+                .prepare_cached("UPDATE layer SET summary = ?2, summary_size = ?3 WHERE digest = ?1")
+                .and_then(|mut update| update.execute((layer.as_bytes(), summary.blob.as_bytes(), summary.size as i64)))
                 .map_err(|e| self.told(e))?;
         }
         transaction.commit().map_err(|e| self.told(e))
@@ -269,7 +272,7 @@ fn prepare(db: Connection) -> Result<Connection, rusqlite::Error> {
     if format(&db)? != INDEX_FORMAT {
         db.execute_batch(
             "DROP TABLE IF EXISTS layer; DROP TABLE IF EXISTS key; DROP TABLE IF EXISTS note;
-             CREATE TABLE layer (digest BLOB PRIMARY KEY, doc TEXT NOT NULL, summary BLOB) WITHOUT ROWID;
+             CREATE TABLE layer (digest BLOB PRIMARY KEY, doc TEXT NOT NULL, summary BLOB, summary_size INTEGER) WITHOUT ROWID;
              CREATE TABLE key (key BLOB PRIMARY KEY, layer BLOB NOT NULL) WITHOUT ROWID;
              CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;",
         )?;

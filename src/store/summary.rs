@@ -7,8 +7,10 @@
 use std::io::Read;
 use std::sync::Arc;
 
+use super::object::{Object, Room};
+use super::publish::Trust;
 use super::{Index, LayerDoc, Store};
-use crate::environment::Digest;
+use crate::environment::{Digest, Summary};
 use crate::error::{Error, Kind, Result};
 
 /// Bytes that a summary may unpack to.
@@ -16,11 +18,11 @@ const UNPACKED_MAX: u64 = 256 << 20;
 
 impl Store {
     /// Makes sure that the documents of all `layers` are in summaries, and returns these, sorted.
-    pub fn ensure_summaries(&self, index: &Index, layers: &[Digest]) -> Result<Vec<Digest>> {
+    pub fn ensure_summaries(&self, index: &Index, layers: &[Digest]) -> Result<Vec<Summary>> {
         let mut known = index.summaries(layers)?;
         for summary in known.iter().map(|(_, summary)| *summary).collect::<std::collections::BTreeSet<_>>() {
-            // The open is what revalidates on NFS.
-            if std::fs::File::open(self.blob_path(&summary)).is_err() {
+            let object = Object { room: Room::Blobs, digest: summary.blob, size: summary.size };
+            if !self.has_object(&object, Trust::Length) {
                 known.retain(|(_, other)| *other != summary);
             }
         }
@@ -28,11 +30,12 @@ impl Store {
         let missing: Vec<Digest> = layers.iter().filter(|layer| !have.contains(layer)).copied().collect();
         if !missing.is_empty() {
             let docs = index.layers(self, &missing)?;
-            let summary = self.ensure_blob(&pack(&docs)?)?;
+            let bytes = pack(&docs)?;
+            let summary = Summary { blob: self.ensure_blob(&bytes)?, size: bytes.len() as u64 };
             index.set_summary(&missing, &summary)?;
             known.extend(missing.into_iter().map(|layer| (layer, summary)));
         }
-        let mut summaries: Vec<Digest> = known.into_iter().map(|(_, summary)| summary).collect();
+        let mut summaries: Vec<Summary> = known.into_iter().map(|(_, summary)| summary).collect();
         summaries.sort();
         summaries.dedup();
         Ok(summaries)

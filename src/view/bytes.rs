@@ -1,42 +1,93 @@
-//! Bytes of files: from a pack or a blob of the store, by position.
+//! Bytes of files: from a pack or a blob, by position.
 //!
 //! A read needs nothing but the inode number: its place is kept in a bounded memory and found again in the catalog.
 //!
-//! An object stays open only as long as it is good. After a failure it is opened once more by its name: the file may
-//! have been repaired under it, or the server of the NAS may have changed and call every old handle stale.
+//! Where there is a node cache ([`crate::cache`]), it is asked. Else the store's own files are read, each of which stays
+//! open only as long as it is good: after a failure it is opened once more by its name, as it may have been repaired.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::Tree;
 use super::lru::Lru;
-use crate::environment::Digest;
+use crate::cache::{Cache, Held};
+use crate::environment::{Digest, Document};
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::store::Store;
+use crate::store::{Object, Room, Store};
 
 /// Packs and blobs kept open. With the catalogs this stays below the usual limit of 1024 descriptors.
 const OPEN_MAX: usize = 256;
 
-/// An object of the store that has bytes of files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Holder {
-    Pack(Digest),
-    Blob(Digest),
-}
-
 /// Where the bytes of a file lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Location {
-    pub(super) holder: Holder,
+    /// The object that has them.
+    pub(super) object: Object,
+    /// The layer whose catalog knows the object's chunks; none for a document.
+    pub(super) layer: Option<Digest>,
     pub(super) offset: u64,
     pub(super) size: u64,
 }
 
-/// Open packs and blobs.
+impl Location {
+    /// All of `object`.
+    pub(super) fn whole(object: Object, layer: Option<Digest>) -> Location {
+        Location { object, layer, offset: 0, size: object.size }
+    }
+
+    pub(super) fn document(document: &Document) -> Location {
+        Location::whole(Object { room: Room::Blobs, digest: document.blob, size: document.size }, None)
+    }
+}
+
+impl Tree {
+    /// Up to `size` bytes of the file at `at` from `offset` on; fewer only at its end.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] when the object is missing or too short.
+    pub(super) fn bytes(&self, at: &Location, offset: u64, size: u32) -> Result<Vec<u8>> {
+        let size = u64::from(size).min(at.size.saturating_sub(offset));
+        let end = at.offset.checked_add(at.size).filter(|end| *end <= at.object.size);
+        let Some(position) = end.and_then(|_| at.offset.checked_add(offset)) else {
+            let what = format!("{} is shorter than its catalog says", self.store.object_path(&at.object).display());
+            return Err(Error::new(Kind::Corrupt, what).hint("run `envfabric fsck`"));
+        };
+        if size == 0 {
+            return Ok(Vec::new());
+        }
+        match (&self.cache, &at.layer) {
+            (None, _) => self.objects.read(&self.store, &at.object, position, size),
+            (Some(cache), None) => {
+                let bytes = cache.document(&at.object)?;
+                Ok(bytes.get(position as usize..(position + size) as usize).unwrap_or_default().to_vec())
+            }
+            (Some(cache), Some(layer)) => {
+                let chunks = || self.with_catalog(layer, |catalog| catalog.chunks(&at.object.digest, at.object.size));
+                cache.read(&at.object, chunks, position, size)
+            }
+        }
+    }
+
+    /// The file that is all of `object`, if it is on a disk of this machine, or is to be treated as if; and what keeps it
+    /// there.
+    pub(super) fn whole_file(&self, object: &Object) -> Result<(Option<Arc<File>>, Option<Held>)> {
+        match &self.cache {
+            None => self.objects.open(&self.store, object).map(|file| (Some(file), None)),
+            Some(cache) => cache.hold(object).map(|(file, held)| (file, Some(held))),
+        }
+    }
+
+    /// The node cache.
+    pub fn cache(&self) -> Option<&Arc<Cache>> {
+        self.cache.as_ref()
+    }
+}
+
+/// Open packs and blobs of the store.
 #[derive(Debug)]
 pub(super) struct Objects {
-    files: Lru<Holder, Arc<File>>,
+    files: Lru<Object, Arc<File>>,
 }
 
 impl Objects {
@@ -44,46 +95,34 @@ impl Objects {
         Objects { files: Lru::new(OPEN_MAX) }
     }
 
-    /// Up to `size` bytes from `offset` on; fewer only at the end of the file.
-    ///
-    /// # Errors
-    /// [`Kind::Corrupt`] when the object is missing or too short.
-    pub(super) fn read(&self, store: &Store, at: &Location, offset: u64, size: u32) -> Result<Vec<u8>> {
-        let size = u64::from(size).min(at.size.saturating_sub(offset));
+    fn read(&self, store: &Store, object: &Object, position: u64, size: u64) -> Result<Vec<u8>> {
         let mut bytes = vec![0u8; size as usize];
-        if bytes.is_empty() {
-            return Ok(bytes);
-        }
-        let position = at.offset.checked_add(offset).ok_or_else(|| short(&path(store, at.holder)))?;
-        if let Err(error) = self.read_at(store, at.holder, position, &mut bytes) {
+        if let Err(error) = self.read_at(store, object, position, &mut bytes) {
             tracing::debug!(error = error.chain(), "an object is opened again");
-            self.read_at(store, at.holder, position, &mut bytes)?;
+            self.read_at(store, object, position, &mut bytes)?;
         }
         Ok(bytes)
     }
 
-    fn read_at(&self, store: &Store, holder: Holder, position: u64, bytes: &mut [u8]) -> Result<()> {
-        let file = self.open(store, holder)?;
+    fn read_at(&self, store: &Store, object: &Object, position: u64, bytes: &mut [u8]) -> Result<()> {
+        let file = self.open(store, object)?;
         file.read_exact_at(bytes, position).map_err(|error| {
-            self.files.remove(&holder);
-            let path = path(store, holder);
+            self.files.remove(object);
+            let path = store.object_path(object);
             match error.kind() {
-                std::io::ErrorKind::UnexpectedEof => short(&path),
+                std::io::ErrorKind::UnexpectedEof => {
+                    Error::new(Kind::Corrupt, format!("{} is shorter than its catalog says", path.display()))
+                        .hint("run `envfabric fsck` to see which environments need it")
+                }
                 _ => Error::io("reading", &path, error),
             }
         })
     }
 
-    /// How many bytes an object has.
-    pub(super) fn length(&self, store: &Store, holder: Holder) -> Result<u64> {
-        let file = self.open(store, holder)?;
-        Ok(file.metadata().at("reading", path(store, holder))?.len())
-    }
-
     /// The open file of an object.
-    pub(super) fn open(&self, store: &Store, holder: Holder) -> Result<Arc<File>> {
-        self.files.get_or(holder, || {
-            let path = path(store, holder);
+    pub(super) fn open(&self, store: &Store, object: &Object) -> Result<Arc<File>> {
+        self.files.get_or(*object, || {
+            let path = store.object_path(object);
             let file = File::open(&path).at("opening", &path).map_err(|error| match error.is_not_found() {
                 true => Error::new(Kind::Corrupt, format!("{} is missing from the store", path.display()))
                     .hint("run `envfabric fsck` to see which environments need it"),
@@ -92,16 +131,4 @@ impl Objects {
             Ok(Arc::new(file))
         })
     }
-}
-
-fn path(store: &Store, holder: Holder) -> PathBuf {
-    match holder {
-        Holder::Pack(digest) => store.pack_path(&digest),
-        Holder::Blob(digest) => store.blob_path(&digest),
-    }
-}
-
-fn short(path: &std::path::Path) -> Error {
-    Error::new(Kind::Corrupt, format!("{} is shorter than its catalog says", path.display()))
-        .hint("run `envfabric fsck` to see which environments need it")
 }

@@ -12,9 +12,10 @@ use super::inode::{Ino, MADE_UP_BIN, Object, Special};
 use super::names::Time;
 use super::version::{Layers, Part, VersionView, damaged, gone, more_rows};
 use super::{Attr, FileKind, Tree, lasting_dir, lasting_file};
+use crate::cache::Whole;
 use crate::environment::Digest;
 use crate::error::{Error, Result};
-use crate::store::{Catalog, Node, Row, RowId, ScannedKind};
+use crate::store::{Catalog, LayerDoc, Node, Row, RowId, ScannedKind};
 
 /// What a directory shows beyond its layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,7 +181,9 @@ impl Tree {
     /// The entry `name` of `dir`, if it has one.
     pub(super) fn child(&self, view: &VersionView, dir: &MergedDir, name: &[u8]) -> Result<Option<Child>> {
         let layers = self.layers(view)?;
-        if let ([part], MadeUp::Nothing) = (&*dir.parts, dir.made_up) {
+        if let ([part], MadeUp::Nothing) = (&*dir.parts, dir.made_up)
+            && layers.spine(*part)?.is_none()
+        {
             let row = self.with_catalog(layers.digest(part.ord)?, |catalog| catalog.lookup(part.row, name))?;
             let Some(row) = row else { return Ok(None) };
             if !row.node.is_dir() {
@@ -213,7 +216,9 @@ impl Tree {
     /// How many directories are directly in `dir`.
     pub(super) fn subdirs(&self, view: &VersionView, dir: &MergedDir) -> Result<u32> {
         let layers = self.layers(view)?;
-        if let ([part], MadeUp::Nothing) = (&*dir.parts, dir.made_up) {
+        if let ([part], MadeUp::Nothing) = (&*dir.parts, dir.made_up)
+            && layers.spine(*part)?.is_none()
+        {
             let row = self.with_catalog(layers.digest(part.ord)?, |catalog| catalog.row(part.row))?;
             return match row.map(|row| row.node) {
                 Some(Node::Dir { subdirs }) => Ok(subdirs),
@@ -245,8 +250,7 @@ impl Tree {
 
     /// Everything that one layer has in a directory: names, row numbers, kinds.
     fn scan_dir(&self, layers: &Layers, part: Part) -> Result<Vec<Named>> {
-        let doc = layers.docs.get(part.ord as usize).ok_or_else(gone)?;
-        if let Some(dir) = doc.spine.iter().find(|dir| dir.row == part.row) {
+        if let Some(dir) = layers.spine(part)? {
             let named = |(name, row, kind): (&str, RowId, ScannedKind)| (name.as_bytes().into(), row, kind);
             return Ok(dir.scanned().map(named).collect());
         }
@@ -334,7 +338,7 @@ impl Tree {
     /// been repaired, or its handle be stale) and `f` runs again.
     pub(super) fn with_catalog<T>(&self, layer: &Digest, f: impl Fn(&Catalog) -> Result<T>) -> Result<T> {
         match self.try_catalog(layer, &f) {
-            Err(error) if !error.is_not_found() => {
+            Err(error) if !error.is_not_found() && !error.is_about_waiting() => {
                 tracing::debug!(error = error.chain(), "a catalog is opened again");
                 self.try_catalog(layer, &f)
             }
@@ -342,10 +346,19 @@ impl Tree {
         }
     }
 
+    fn open_catalog(&self, doc: &LayerDoc) -> Result<Catalog> {
+        let Some(cache) = &self.cache else { return self.store.catalog_of(doc) };
+        let object = doc.catalog_object();
+        match cache.whole(&object)? {
+            Whole::File(path, _held) => Catalog::open(&path, &doc.digest),
+            Whole::Bytes(bytes) => Catalog::of_bytes(bytes, &self.store.object_path(&object), &doc.digest),
+        }
+    }
+
     fn try_catalog<T>(&self, layer: &Digest, f: &impl Fn(&Catalog) -> Result<T>) -> Result<T> {
         let catalog = self.catalogs.get_or(*layer, || {
-            let doc = self.index.layer(&self.store, layer).map_err(damaged)?;
-            let catalog = self.store.catalog_of(&doc).map_err(damaged)?;
+            let doc = self.layer_doc(layer)?;
+            let catalog = self.open_catalog(&doc).map_err(damaged)?;
             // Directories are numbered by what the documents count.
             if doc.rows != catalog.len() {
                 return Err(more_rows(&doc));
@@ -354,7 +367,7 @@ impl Tree {
         })?;
         let result = f(&catalog.lock().unwrap_or_else(PoisonError::into_inner));
         // Not found is an answer.
-        if result.as_ref().is_err_and(|error| !error.is_not_found()) {
+        if result.as_ref().is_err_and(|error| !error.is_not_found() && !error.is_about_waiting()) {
             self.catalogs.remove(layer);
         }
         result

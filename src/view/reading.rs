@@ -1,6 +1,7 @@
 //! What links point to and what files contain.
 
 use super::*;
+use crate::store::{self, Room};
 
 impl Tree {
     /// What symbolic link `ino` points to.
@@ -24,16 +25,14 @@ impl Tree {
             Object::Layer { file: LayerFile::Imports, .. } | Object::Special { special: Special::ImportsIndex, .. } => {
                 Ok(Opened::Lasting)
             }
-            Object::Layer { file: LayerFile::Pack, .. } => {
+            Object::Row { layer, row } if self.text(layer, row)?.is_some() => Ok(Opened::Lasting),
+            Object::Layer { file: LayerFile::Pack, .. } | Object::Row { .. } => {
                 let at = self.location(ino)?;
-                Ok(Opened::Whole(self.objects.open(&self.store, at.holder)?, at.size))
-            }
-            Object::Row { .. } => {
-                let at = self.location(ino)?;
-                match at.holder {
-                    Holder::Blob(_) => Ok(Opened::Whole(self.objects.open(&self.store, at.holder)?, at.size)),
-                    Holder::Pack(_) => Ok(Opened::Lasting),
+                if at.size < at.object.size {
+                    return Ok(Opened::Lasting);
                 }
+                let (file, held) = self.whole_file(&at.object)?;
+                Ok(Opened::Whole { file, size: at.size, held })
             }
             Object::Special { special: Special::Config, .. } => Ok(Opened::ByReader),
             Object::Special { special: Special::Metadata | Special::Lock | Special::Project, .. } => {
@@ -58,10 +57,19 @@ impl Tree {
             Object::Layer { file: LayerFile::Imports, .. } | Object::Special { special: Special::ImportsIndex, .. } => {
                 Ok(cut(&self.imports_bytes(ino)?, offset, size))
             }
-            _ => {
-                let read = self.objects.read(&self.store, &self.location(ino)?, offset, size);
+            object => {
+                if let Object::Row { layer, row } = object
+                    && let Some(text) = self.text(layer, row)?
+                {
+                    return Ok(cut(text.as_bytes(), offset, size));
+                }
+                let read = self.bytes(&self.location(ino)?, offset, size);
                 // The catalog may have named a wrong place and have been repaired since.
-                read.inspect_err(|_| self.locations.remove(&ino))
+                read.inspect_err(|error| {
+                    if !error.is_about_waiting() {
+                        self.locations.remove(&ino);
+                    }
+                })
             }
         }
     }
@@ -78,21 +86,30 @@ impl Tree {
         view.config(&dir)
     }
 
+    /// The bytes of a file that are known without its pack.
+    fn text(&self, layer: u32, row: RowId) -> Result<Option<String>> {
+        let digest = self.layer_slots.key(layer).ok_or_else(gone)?;
+        let doc = self.layer_doc(&digest)?;
+        Ok(doc.texts.iter().find(|text| text.row == row).map(|text| text.text.clone()))
+    }
+
     pub(super) fn location(&self, ino: Ino) -> Result<Location> {
         if let Some(at) = self.locations.get(&ino) {
             return Ok(at);
         }
         let at = match ino.decode().ok_or_else(gone)? {
             Object::Row { layer, row } => {
-                let digest = self.layer_slots.key(layer).ok_or_else(gone)?;
-                self.with_catalog(&digest, |catalog| {
+                let layer = self.layer_slots.key(layer).ok_or_else(gone)?;
+                self.with_catalog(&layer, |catalog| {
                     let Some(Row { node: Node::File { size, digest, place, .. }, .. }) = catalog.row(row)? else {
                         return Err(gone());
                     };
                     match (place, catalog.pack()) {
-                        (Place::Blob, _) => Ok(Location { holder: Holder::Blob(digest), offset: 0, size }),
-                        (Place::Pack { offset }, Some(pack)) => {
-                            Ok(Location { holder: Holder::Pack(*pack), offset, size })
+                        (Place::Blob, _) => {
+                            Ok(Location::whole(store::Object { room: Room::Blobs, digest, size }, Some(layer)))
+                        }
+                        (Place::Pack { offset }, Some(object)) => {
+                            Ok(Location { object, layer: Some(layer), offset, size })
                         }
                         (Place::Pack { .. }, None) => {
                             let what = format!("the catalog of layer {} names no pack", catalog.layer().short());
@@ -103,14 +120,13 @@ impl Tree {
             }
             Object::Layer { layer, file: LayerFile::Pack } => {
                 let digest = self.layer_slots.key(layer).ok_or_else(gone)?;
-                let pack = self.index.layer(&self.store, &digest).map_err(damaged)?.pack.ok_or_else(gone)?;
-                let size = self.objects.length(&self.store, Holder::Pack(pack))?;
-                Location { holder: Holder::Pack(pack), offset: 0, size }
+                let pack = self.layer_doc(&digest)?.pack_object().ok_or_else(gone)?;
+                Location::whole(pack, Some(digest))
             }
             Object::Special { version, special: special @ (Special::Lock | Special::Project) } => {
                 let view = self.version(version)?;
                 let document = view.document(special).ok_or_else(gone)?;
-                Location { holder: Holder::Blob(document.blob), offset: 0, size: document.size }
+                Location::document(document)
             }
             _ => return Err(Error::new(Kind::Os(libc::EISDIR), "this is no file")),
         };

@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use super::inode::{ROWS_MAX, Special};
 use super::names::Time;
-use crate::environment::{Digest, Document, Version};
+use crate::environment::{Digest, Document, Summary, Version};
 use crate::error::{Error, Kind, Result};
-use crate::store::{Index, LayerDoc, RowId, Store};
+use crate::store::{LayerDoc, RowId, SpineDir};
 
 /// Length of a rendered `pyvenv.cfg` in bytes: constant, whatever is in it, because `st_size` is told before it is known
 /// who reads.
@@ -52,6 +52,12 @@ impl Layers {
 
     pub(super) fn digest(&self, ord: Ord) -> Result<&Digest> {
         self.docs.get(ord as usize).map(|doc| &doc.digest).ok_or_else(gone)
+    }
+
+    /// What the layer's document says of a directory, if it does.
+    pub(super) fn spine(&self, part: Part) -> Result<Option<&SpineDir>> {
+        let doc = self.docs.get(part.ord as usize).ok_or_else(gone)?;
+        Ok(doc.spine.iter().find(|dir| dir.row == part.row))
     }
 
     pub(super) fn slot(&self, ord: Ord) -> Result<u32> {
@@ -106,24 +112,24 @@ impl VersionView {
     /// The layers, opened when first asked for; a failure is tried again next time.
     pub(super) fn layers(
         &self,
-        store: &Store,
-        index: &Index,
+        docs_of: impl FnOnce(&[Digest], &[Summary]) -> Result<Vec<Arc<LayerDoc>>>,
         slot_of: impl Fn(&Digest) -> Result<u32>,
     ) -> Result<Arc<Layers>> {
-        let mut known = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(layers) = &*known {
+        // Not locked while the store is asked.
+        let known = || self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(layers) = &*known() {
             return Ok(layers.clone());
         }
         let version = &self.version;
         let digests: Vec<Digest> =
             [version.interpreter.layer, version.scaffold].iter().chain(&version.layers).copied().collect();
-        let docs = index.layers(store, &digests).map_err(|error| {
-            damaged(error).context(format!("version {} of {} cannot be shown", version.number, version.environment))
+        let docs = docs_of(&digests, &version.summaries).map_err(|error| match error.kind() {
+            Kind::WouldWait => error,
+            _ => error.context(format!("version {} of {} cannot be shown", version.number, version.environment)),
         })?;
         let slots = digests.iter().map(slot_of).collect::<Result<_>>()?;
         let layers = Arc::new(Layers::new(docs, slots)?);
-        *known = Some(layers.clone());
-        Ok(layers)
+        Ok(known().get_or_insert(layers).clone())
     }
 
     /// `workflow/node@3`.

@@ -111,7 +111,7 @@ impl Room {
         let bytes = match place {
             Place::Blob => self.store.read_blob(&digest).unwrap(),
             Place::Pack { offset } => {
-                let pack = fs::read(self.store.pack_path(catalog.pack().unwrap())).unwrap();
+                let pack = fs::read(self.store.object_path(&catalog.pack().unwrap())).unwrap();
                 pack[offset as usize..(offset + size) as usize].to_vec()
             }
         };
@@ -122,7 +122,7 @@ impl Room {
     pub fn show(&self, layer: &Digest, root: &Path) {
         use std::os::unix::fs::{PermissionsExt, symlink};
         let catalog = self.store.catalog(layer).unwrap();
-        let pack = catalog.pack().map(|pack| fs::read(self.store.pack_path(pack)).unwrap()).unwrap_or_default();
+        let pack = catalog.pack().map(|pack| fs::read(self.store.object_path(&pack)).unwrap()).unwrap_or_default();
         let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(envfabric::store::FILE_MTIME as u64);
         fs::create_dir_all(root).unwrap();
         for row in catalog.verify().unwrap() {

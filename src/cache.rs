@@ -1,0 +1,359 @@
+//! The node cache: what of a distant store this machine has on its own disk.
+//!
+//! ```text
+//! read(object, range)
+//!   here              -> local file -> bytes
+//!   not here          -> asked for once, whoever else wants it waits too
+//!     store thread    -> store -> unpack -> compare with its digest -> local file (or memory, if there is no room)
+//! ```
+//!
+//! The unit is a chunk of an object (see [`crate::store::Chunks`]); catalogs and documents, which have no list of chunks,
+//! come whole. A unit is served only after it was compared with its digest in this process, or belongs to a file that is
+//! *sealed*: whole, compared, on disk, and with the same inode, size and times as then ([`ledger`]). Everything else that
+//! lies in the directory is *unproven* and is compared before it is believed. So nothing has to be cleared up after a
+//! crash, and a ledger that is lost costs the comparing anew, nothing else.
+//!
+//! **Room.** The sum of what is kept stays within a limit, and the disk keeps some space free; what was used longest ago
+//! goes first, what is open stays. Where there is no room, units are served from a small memory and not kept.
+//!
+//! **Waiting** follows [`crate::patience`]: no session thread waits here. Whoever may wait does so for a limited time, as
+//! calls on the store are made by threads that may hang.
+
+mod counters;
+mod entry;
+mod fetch;
+mod keeper;
+mod ledger;
+mod space;
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use lru::LruCache;
+use nix::fcntl::{Flock, FlockArg};
+
+pub use counters::{CacheStats, Histogram};
+pub use entry::Held;
+
+use crate::environment::Digest;
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::store::{Chunks, Object, Room, Store};
+use counters::Counters;
+use entry::{Entry, Units};
+use fetch::Source;
+use keeper::Keeper;
+use ledger::Ledger;
+use space::Space;
+
+/// How a cache is to be kept.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Its directory, on a local disk; made if missing.
+    pub dir: PathBuf,
+    /// It holds at most so many bytes.
+    pub limit: u64,
+    /// So many bytes of the disk stay free.
+    pub keep_free: u64,
+    /// How long the store may take for one answer.
+    pub patience: Duration,
+}
+
+/// Units for which there was no room that stay in memory until those who asked have them: 64 MB of chunks.
+const LOOSE_MAX: NonZeroUsize = NonZeroUsize::MIN.saturating_add(255);
+
+impl Options {
+    /// What is usual in `dir`: 20 GiB at most, 1 GiB of the disk stays free, half a minute of patience.
+    pub fn at(dir: impl Into<PathBuf>) -> Options {
+        Options { dir: dir.into(), limit: 20 << 30, keep_free: 1 << 30, patience: Duration::from_secs(30) }
+    }
+}
+
+/// What an object is called here.
+type Key = (Room, Digest);
+
+/// See the module.
+#[derive(Debug)]
+pub struct Cache {
+    inner: Arc<Inner>,
+    keeper: Keeper,
+}
+
+/// Units in memory, by object and number.
+type Loose = LruCache<(Key, usize), Arc<Vec<u8>>>;
+
+#[derive(Debug)]
+struct Inner {
+    dir: PathBuf,
+    patience: Duration,
+    source: Source,
+    space: Space,
+    entries: Mutex<HashMap<Key, Arc<Entry>>>,
+    ledger: Ledger,
+    counters: Counters,
+    /// Units for which there was no room.
+    loose: Mutex<Loose>,
+    /// Held as long as the cache is.
+    _lock: Flock<File>,
+}
+
+/// All of an object.
+#[derive(Debug)]
+pub enum Whole {
+    /// It is this file, as long as it is held.
+    File(PathBuf, Held),
+    /// There was no room for it.
+    Bytes(Vec<u8>),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Cache {
+    /// Opens the cache in `options.dir` for objects of `store`. A cache serves one process at a time.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] when another process has it; errors of the file system.
+    pub fn open(options: Options, store: Store) -> Result<Cache> {
+        let dir = std::path::absolute(&options.dir).at("finding", &options.dir)?;
+        fs::create_dir_all(&dir).at("creating", &dir)?;
+        let path = dir.join("lock");
+        let file = File::create(&path).at("opening", &path)?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+            nix::Error::EWOULDBLOCK => {
+                Error::new(Kind::Busy, format!("the cache {} is in use by another process", dir.display()))
+                    .hint("name another directory with --cache")
+            }
+            errno => Error::io("locking", &path, errno.into()),
+        })?;
+        for room in Room::ALL {
+            fs::create_dir_all(dir.join(room.name())).at("creating", dir.join(room.name()))?;
+        }
+        // What was on its way out when the last process ended.
+        let trash = dir.join("trash");
+        let _ = fs::remove_dir_all(&trash);
+        fs::create_dir_all(&trash).at("creating", &trash)?;
+        let ledger = Ledger::open(&dir.join("ledger.sqlite"))?;
+        let inner = Inner {
+            patience: options.patience,
+            source: Source::new(store),
+            space: Space::new(&dir, options.limit, options.keep_free),
+            entries: Mutex::default(),
+            ledger,
+            counters: Counters::default(),
+            loose: Mutex::new(LruCache::new(LOOSE_MAX)),
+            _lock: lock,
+            dir,
+        };
+        inner.find_files()?;
+        let inner = Arc::new(inner);
+        let keeper = Keeper::start(&inner)?;
+        Ok(Cache { inner, keeper })
+    }
+
+    /// How long the store may take for one answer.
+    pub fn patience(&self) -> Duration {
+        self.inner.patience
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.inner.dir
+    }
+
+    /// Up to `size` bytes of `object` from `offset` on; fewer only at its end. `chunks` is asked for its chunks where
+    /// they are not known yet.
+    ///
+    /// # Errors
+    /// [`Kind::WouldWait`] where this thread must not wait; [`Kind::TimedOut`]; [`Kind::Corrupt`] when the store has
+    /// other bytes than it should; errors of the store.
+    pub fn read(
+        &self,
+        object: &Object,
+        chunks: impl FnOnce() -> Result<Chunks>,
+        offset: u64,
+        size: u64,
+    ) -> Result<Vec<u8>> {
+        let end = offset.saturating_add(size).min(object.size);
+        if offset >= end {
+            return Ok(Vec::new());
+        }
+        let entry = self.inner.entry(object)?;
+        entry.prepare(&self.inner, object, || Ok(Units::Chunks(chunks()?)))?;
+        entry.read(&self.inner, offset, end)
+    }
+
+    /// All of `object`, which is not large.
+    ///
+    /// # Errors
+    /// As [`Cache::read`].
+    pub fn whole(&self, object: &Object) -> Result<Whole> {
+        let entry = self.inner.entry(object)?;
+        entry.prepare(&self.inner, object, || Ok(Units::Whole))?;
+        entry.bring(&self.inner, 0, object.size)?;
+        match entry.sealed_file() {
+            Some(_) => Ok(Whole::File(self.inner.path(&entry.key()), Held::new(entry))),
+            None => Ok(Whole::Bytes(entry.read(&self.inner, 0, object.size)?)),
+        }
+    }
+
+    /// The bytes of a document.
+    ///
+    /// # Errors
+    /// As [`Cache::read`].
+    pub fn document(&self, object: &Object) -> Result<Vec<u8>> {
+        let entry = self.inner.entry(object)?;
+        entry.prepare(&self.inner, object, || Ok(Units::Whole))?;
+        entry.read(&self.inner, 0, object.size)
+    }
+
+    /// The file of `object`, if all of it is here and was compared; and what keeps it here in any case.
+    pub fn hold(&self, object: &Object) -> Result<(Option<Arc<File>>, Held)> {
+        let entry = self.inner.entry(object)?;
+        Ok((entry.sealed_file(), Held::new(entry)))
+    }
+
+    /// Asks for chunks `first..end` of `object` where they are not here yet, without waiting for them. False when there
+    /// is no room, so that asking ahead is of no use.
+    pub fn ask_ahead(
+        &self,
+        object: &Object,
+        chunks: impl FnOnce() -> Result<Chunks>,
+        first: u64,
+        end: u64,
+    ) -> Result<bool> {
+        let entry = self.inner.entry(object)?;
+        entry.prepare(&self.inner, object, || Ok(Units::Chunks(chunks()?)))?;
+        Ok(entry.ask_ahead(&self.inner, first, end))
+    }
+
+    /// What the cache has done and holds.
+    pub fn stats(&self) -> CacheStats {
+        let inner = &self.inner;
+        let mut stats = inner.counters.stats();
+        stats.dir = inner.dir.to_string_lossy().into_owned();
+        (stats.held, stats.limit, stats.keep_free) = (inner.space.used(), inner.space.limit, inner.space.keep_free);
+        stats.objects = lock(&inner.entries).len() as u64;
+        stats
+    }
+
+    /// Writes down what is known of the cache's files. Done by itself every few seconds and when the cache is dropped.
+    pub fn settle(&self) {
+        self.inner.settle();
+    }
+}
+
+impl Drop for Cache {
+    fn drop(&mut self) {
+        self.keeper.end();
+        self.inner.settle();
+    }
+}
+
+impl Inner {
+    fn path(&self, key: &Key) -> PathBuf {
+        let name = key.1.to_string();
+        self.dir.join(key.0.name()).join(&name[..2]).join(name)
+    }
+
+    /// The entry of `object`, marked as used now.
+    fn entry(&self, object: &Object) -> Result<Arc<Entry>> {
+        let key = (object.room, object.digest);
+        let entry = lock(&self.entries).entry(key).or_insert_with(|| Arc::new(Entry::new(key))).clone();
+        entry.touch();
+        Ok(entry)
+    }
+
+    /// Takes in what lies in the directory.
+    fn find_files(&self) -> Result<()> {
+        let used = self.ledger.used()?;
+        let mut entries = lock(&self.entries);
+        for room in Room::ALL {
+            for shard in names(&self.dir.join(room.name()))? {
+                for name in names(&shard)? {
+                    let digest = name.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+                    let (Some(digest), Ok(meta)) = (digest, fs::symlink_metadata(&name)) else { continue };
+                    let bytes = std::os::unix::fs::MetadataExt::blocks(&meta) * 512;
+                    self.space.take(bytes);
+                    let key = (room, digest);
+                    entries.insert(key, Arc::new(Entry::found(key, bytes, used.get(&key).copied().unwrap_or(0))));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Room for `bytes` more, for which others may have to go; false when it cannot be had.
+    fn make_room(&self, bytes: u64) -> bool {
+        if self.space.reserve(bytes) {
+            return true;
+        }
+        // Some more than needed, so that not every unit has to look for who goes.
+        let wanted = self.space.lacking(bytes).saturating_add((self.space.limit / 64).min(256 << 20));
+        self.evict(wanted);
+        self.space.reserve(bytes)
+    }
+
+    /// Removes what was used longest ago and is not open, until `wanted` bytes are free.
+    fn evict(&self, wanted: u64) {
+        let mut gone = Vec::new();
+        {
+            let mut entries = lock(&self.entries);
+            // Only the map has it: nobody reads it, and nobody can begin to while the map is locked.
+            let idle = entries.values().filter(|entry| Arc::strong_count(entry) == 1 && entry.bytes() > 0);
+            let mut idle: Vec<_> = idle.map(|entry| (entry.used(), entry.key(), entry.bytes())).collect();
+            idle.sort_unstable();
+            let mut freed = 0;
+            for (_, key, bytes) in idle {
+                if freed >= wanted {
+                    break;
+                }
+                let name = self.dir.join("trash").join(format!("{}-{}", key.0.name(), key.1));
+                match fs::rename(self.path(&key), &name) {
+                    Ok(()) => gone.push(name),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(_) => continue,
+                }
+                entries.remove(&key);
+                self.ledger.forget(key);
+                self.space.give_back(bytes);
+                self.counters.evictions.fetch_add(1, Ordering::Relaxed);
+                self.counters.evicted_bytes.fetch_add(bytes, Ordering::Relaxed);
+                freed += bytes;
+            }
+        }
+        for name in gone {
+            let _ = fs::remove_file(name);
+        }
+    }
+
+    /// Seals what is whole and writes down when everything was used last.
+    fn settle(&self) {
+        // One at a time: what is held here cannot be evicted.
+        let keys: Vec<Key> = lock(&self.entries).keys().copied().collect();
+        let mut used = Vec::new();
+        for key in keys {
+            let Some(entry) = lock(&self.entries).get(&key).cloned() else { continue };
+            entry.seal(&self.ledger);
+            used.extend(entry.used_since_settled());
+        }
+        if let Err(error) = self.ledger.note_used(used.into_iter()) {
+            tracing::debug!(error = error.chain(), "the cache's ledger cannot be written");
+        }
+    }
+}
+
+/// Everything in a directory; nothing where there is none.
+fn names(dir: &Path) -> Result<Vec<PathBuf>> {
+    match fs::read_dir(dir) {
+        Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path()).at("reading", dir)).collect(),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(Vec::new()),
+        Err(error) => Err(Error::io("reading", dir, error)),
+    }
+}

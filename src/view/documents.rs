@@ -1,0 +1,37 @@
+//! The documents of layers: known to the index, or learned from summaries, or read one by one.
+
+use super::*;
+use crate::environment::Summary;
+use crate::patience;
+use crate::store;
+
+impl Tree {
+    /// The document of one layer.
+    pub(super) fn layer_doc(&self, layer: &Digest) -> Result<Arc<LayerDoc>> {
+        let mut docs = self.layer_docs(std::slice::from_ref(layer), &[])?;
+        docs.pop().ok_or_else(gone)
+    }
+
+    /// The documents of `layers`, some of which may be in `summaries`.
+    pub(super) fn layer_docs(&self, layers: &[Digest], summaries: &[Summary]) -> Result<Vec<Arc<LayerDoc>>> {
+        let Some(cache) = &self.cache else { return self.index.layers(&self.store, layers).map_err(damaged) };
+        if self.index.unknown(layers)?.is_empty() {
+            return self.index.layers(&self.store, layers).map_err(damaged);
+        }
+        for summary in summaries {
+            let object = store::Object { room: store::Room::Blobs, digest: summary.blob, size: summary.size };
+            let learned = cache.document(&object).and_then(|bytes| store::documents(&bytes));
+            match learned {
+                Ok(docs) => self.index.learn(summary, docs)?,
+                Err(error) if error.is_about_waiting() => return Err(error),
+                // The documents themselves are there, too.
+                Err(error) => self.tell(&error),
+            }
+        }
+        let (index, store, layers) = (self.index.clone(), self.store.clone(), layers.to_vec());
+        if self.index.unknown(&layers)?.is_empty() {
+            return index.layers(&store, &layers).map_err(damaged);
+        }
+        patience::within(cache.patience(), move || index.layers(&store, &layers)).map_err(damaged)
+    }
+}
