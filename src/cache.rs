@@ -203,14 +203,23 @@ impl Cache {
         }
     }
 
+    /// A part of an object that is fetched as a whole.
+    ///
+    /// # Errors
+    /// As [`Cache::read`].
+    pub fn part(&self, object: &Object, offset: u64, size: u64) -> Result<Vec<u8>> {
+        let end = offset.saturating_add(size).min(object.size);
+        let entry = self.inner.entry(object)?;
+        entry.prepare(&self.inner, object, || Ok(Units::Whole))?;
+        entry.read(&self.inner, offset.min(end), end)
+    }
+
     /// The bytes of a document.
     ///
     /// # Errors
     /// As [`Cache::read`].
     pub fn document(&self, object: &Object) -> Result<Vec<u8>> {
-        let entry = self.inner.entry(object)?;
-        entry.prepare(&self.inner, object, || Ok(Units::Whole))?;
-        entry.read(&self.inner, 0, object.size)
+        self.part(object, 0, object.size)
     }
 
     /// The file of `object`, if all of it is here and was compared; and what keeps it here in any case.

@@ -50,7 +50,7 @@ pub(crate) use environments::host;
 pub use environments::{Claimed, Pointer};
 pub use fsck::{Finding, FsckReport, Severity};
 pub use index::Index;
-pub use layer::{Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requirement, SMALL_FILE_MAX};
+pub use layer::{Bundle, Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requirement, SMALL_FILE_MAX};
 pub use layer_writer::{LayerWriter, Staged, StagedKind};
 pub use object::{Object, ObjectFile, Room};
 pub use row::{Node, Place, Row, RowId};

@@ -194,6 +194,8 @@ pub struct Tree {
     offer_imports: bool,
     objects: Objects,
     cache: Option<Arc<Cache>>,
+    /// Packs of which the part that programs need was asked for.
+    begun: Lru<crate::store::Object, ()>,
     told: Mutex<HashSet<String>>,
 }
 
@@ -237,6 +239,7 @@ impl Tree {
             offer_imports: true,
             objects: Objects::new(),
             cache: None,
+            begun: Lru::new(LOCATIONS_MAX / 16),
             told: Mutex::default(),
         }
     }

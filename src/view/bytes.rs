@@ -14,7 +14,7 @@ use super::lru::Lru;
 use crate::cache::{Cache, Held};
 use crate::environment::{Digest, Document};
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::store::{Object, Room, Store};
+use crate::store::{CHUNK_SIZE, Object, Room, Store};
 
 /// Packs and blobs kept open. With the catalogs this stays below the usual limit of 1024 descriptors.
 const OPEN_MAX: usize = 256;
@@ -64,6 +64,11 @@ impl Tree {
             }
             (Some(cache), Some(layer)) => {
                 let chunks = || self.with_catalog(layer, |catalog| catalog.chunks(&at.object.digest, at.object.size));
+                if at.object.room == Room::Packs && self.begun.get(&at.object).is_none() {
+                    self.begun.put(at.object, ());
+                    let hot = self.layer_doc(layer)?.pack_hot.div_ceil(CHUNK_SIZE);
+                    cache.ask_ahead(&at.object, chunks, 0, hot)?;
+                }
                 cache.read(&at.object, chunks, position, size)
             }
         }
