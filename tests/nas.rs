@@ -158,6 +158,38 @@ fn what_is_open_stays_readable_after_unlink_and_rename() {
 }
 
 #[test]
+fn inodes_are_found_again_by_any_name_when_their_descriptor_was_needed_elsewhere() {
+    needs_nas!();
+    // The kernel remembers all of them.
+    let world = World::with(&Options { attr_ttl: "1000s".into(), descriptors: Some(3), ..Options::default() });
+    fs::create_dir_all(world.at("a/b/c")).unwrap();
+    for n in 0..50 {
+        fs::write(world.at(&format!("a/b/c/{n}")), format!("content {n}")).unwrap();
+    }
+    fs::hard_link(world.at("a/b/c/7"), world.at("seven")).unwrap();
+    fs::remove_file(world.at("a/b/c/7")).unwrap();
+    fs::rename(world.at("a/b/c/8"), world.at("a/7")).unwrap();
+    let mut unlinked = File::open(world.at("a/b/c/9")).unwrap();
+    fs::remove_file(world.at("a/b/c/9")).unwrap();
+    fs::rename(world.at("a/b"), world.at("moved")).unwrap();
+    world.nas.command("reset");
+    for n in (0..50).filter(|n| !(7..10).contains(n)) {
+        assert_eq!(fs::read_to_string(world.at(&format!("moved/c/{n}"))).unwrap(), format!("content {n}"));
+    }
+    assert_eq!(fs::read(world.at("seven")).unwrap(), b"content 7");
+    assert_eq!(fs::read(world.at("a/7")).unwrap(), b"content 8");
+    unlinked.set_permissions(fs::Permissions::from_mode(0o600)).unwrap();
+    let mut read = String::new();
+    unlinked.read_to_string(&mut read).unwrap();
+    assert_eq!(read, "content 9");
+    assert!(world.nas.calls("LOOKUP") < 10, "{}", world.nas.stats());
+
+    // Another client takes it away: ESTALE, for which the kernel looks again.
+    fs::remove_dir_all(world.behind("moved")).unwrap();
+    assert_eq!(errno(File::open(world.at("moved/c/1"))), libc::ENOENT);
+}
+
+#[test]
 fn calls_are_counted_and_names_remembered() {
     needs_nas!();
     let world = World::with(&Options { attr_ttl: "1000s".into(), ..Options::default() });

@@ -1,6 +1,7 @@
 //! The directory that plays the export: each call done on it, without waiting and without faults.
 
 use std::fs::{self, File};
+use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirEntryExt;
 use std::path::Path;
@@ -11,13 +12,13 @@ use fuser::{FileAttr, FileType, INodeNo, TimeOrNow};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, readlinkat, renameat2};
 use nix::sys::stat::{
-    FchmodatFlags, FileStat, Mode, SFlag, UtimensatFlags, fchmodat, fstat, fstatat, mkdirat, mknodat, utimensat,
+    FchmodatFlags, FileStat, Mode, SFlag, UtimensatFlags, fchmodat, fstat, mkdirat, mknodat, utimensat,
 };
 use nix::sys::statvfs::{Statvfs, fstatvfs};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat};
 
-use crate::nodes::{Handles, Listed, Node, Nodes, OpenDir, OpenFile, ROOT, Spot, Version};
+use crate::nodes::{Handles, Listed, Node, Nodes, OpenDir, OpenFile, ROOT, Spot, Version, Victim, magic_link};
 use crate::reads::Reads;
 
 pub(crate) type Result<T> = std::result::Result<T, Errno>;
@@ -57,38 +58,32 @@ pub(crate) struct Backing {
     pub(crate) nodes: Nodes,
     pub(crate) files: Handles<OpenFile>,
     pub(crate) dirs: Handles<OpenDir>,
-    dev: u64,
 }
 
 impl Backing {
-    pub(crate) fn open(dir: &Path) -> std::io::Result<Self> {
+    /// Keeps up to `descriptors` open besides those of open files.
+    pub(crate) fn open(dir: &Path, descriptors: NonZeroUsize) -> std::io::Result<Self> {
         let root = openat(AT_FDCWD, dir, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-        let dev = fstat(&root)?.st_dev;
-        Ok(Backing { nodes: Nodes::new(root), files: Handles::default(), dirs: Handles::default(), dev })
+        let nodes = Nodes::new(root, descriptors)?;
+        Ok(Backing { nodes, files: Handles::default(), dirs: Handles::default() })
     }
 
     /// Finds a name and counts a lookup of what it names.
     pub(crate) fn lookup(&self, spot: &Spot) -> Result<FileAttr> {
-        self.found(spot).map(|(_, stat)| attr(&stat))
+        self.nodes.look_up(spot).map(|(_, stat)| attr(&stat))
     }
 
-    fn found(&self, spot: &Spot) -> Result<(Arc<Node>, FileStat)> {
-        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = openat(&spot.dir.fd, &*spot.name, flags, Mode::empty())?;
-        let stat = fstat(&fd)?;
-        if stat.st_dev != self.dev {
-            // Its inode numbers may be those of others.
-            return Err(Errno::EXDEV);
-        }
-        Ok((self.nodes.remember(stat.st_ino, fd, spot.path()), stat))
+    fn descriptor(&self, node: &Node) -> Result<Arc<OwnedFd>> {
+        self.nodes.descriptor(node)
     }
 
     pub(crate) fn getattr(&self, node: &Node) -> Result<FileAttr> {
-        fstat(&node.fd).map(|stat| attr(&stat))
+        fstat(&*self.descriptor(node)?).map(|stat| attr(&stat))
     }
 
     pub(crate) fn setattr(&self, node: &Node, open: Option<&OpenFile>, changes: &Changes) -> Result<FileAttr> {
-        let path = node.magic_link();
+        let fd = self.descriptor(node)?;
+        let path = magic_link(&fd);
         if let Some(size) = changes.size {
             let size = i64::try_from(size).map_err(|_| Errno::EFBIG)?;
             match open {
@@ -113,57 +108,81 @@ impl Backing {
     }
 
     pub(crate) fn readlink(&self, node: &Node) -> Result<std::ffi::OsString> {
-        readlinkat(&node.fd, "")
+        readlinkat(&*self.descriptor(node)?, "")
     }
 
     pub(crate) fn statfs(&self) -> Result<Statvfs> {
-        fstatvfs(&self.nodes.get(ROOT).ok_or(Errno::ESTALE)?.fd)
+        fstatvfs(&*self.descriptor(&*self.nodes.get(ROOT).ok_or(Errno::ESTALE)?)?)
     }
 
     pub(crate) fn mkdir(&self, spot: &Spot, mode: u32, caller: Caller) -> Result<FileAttr> {
-        mkdirat(&spot.dir.fd, &*spot.name, Mode::from_bits_truncate(mode))?;
+        mkdirat(&*self.descriptor(&spot.dir)?, &*spot.name, Mode::from_bits_truncate(mode))?;
         self.made(spot, caller)
     }
 
     pub(crate) fn mknod(&self, spot: &Spot, mode: u32, rdev: u32, caller: Caller) -> Result<FileAttr> {
         let kind = SFlag::from_bits_truncate(mode & libc::S_IFMT);
-        mknodat(&spot.dir.fd, &*spot.name, kind, Mode::from_bits_truncate(mode), u64::from(rdev))?;
+        mknodat(&*self.descriptor(&spot.dir)?, &*spot.name, kind, Mode::from_bits_truncate(mode), u64::from(rdev))?;
         self.made(spot, caller)
     }
 
     pub(crate) fn symlink(&self, target: &Path, spot: &Spot, caller: Caller) -> Result<FileAttr> {
-        symlinkat(target, &spot.dir.fd, &*spot.name)?;
+        symlinkat(target, &*self.descriptor(&spot.dir)?, &*spot.name)?;
         self.made(spot, caller)
     }
 
     pub(crate) fn link(&self, node: &Node, spot: &Spot) -> Result<FileAttr> {
-        let old = node.magic_link();
-        linkat(AT_FDCWD, old.as_str(), &spot.dir.fd, &*spot.name, AtFlags::AT_SYMLINK_FOLLOW)?;
+        let old = self.descriptor(node)?;
+        linkat(
+            AT_FDCWD,
+            magic_link(&old).as_str(),
+            &*self.descriptor(&spot.dir)?,
+            &*spot.name,
+            AtFlags::AT_SYMLINK_FOLLOW,
+        )?;
         self.lookup(spot)
     }
 
     fn made(&self, spot: &Spot, caller: Caller) -> Result<FileAttr> {
-        give(spot, caller)?;
+        self.give(spot, caller)?;
         self.lookup(spot)
     }
 
+    /// A file belongs to whoever made it, and not to the simulated NAS.
+    fn give(&self, spot: &Spot, caller: Caller) -> Result<()> {
+        if (caller.uid, caller.gid) == (0, 0) {
+            return Ok(());
+        }
+        let (uid, gid) = (Uid::from_raw(caller.uid), Gid::from_raw(caller.gid));
+        fchownat(&*self.descriptor(&spot.dir)?, &*spot.name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)
+    }
+
     pub(crate) fn unlink(&self, spot: &Spot) -> Result<()> {
-        unlinkat(&spot.dir.fd, &*spot.name, UnlinkatFlags::NoRemoveDir)
+        self.remove(spot, UnlinkatFlags::NoRemoveDir)
     }
 
     pub(crate) fn rmdir(&self, spot: &Spot) -> Result<()> {
-        unlinkat(&spot.dir.fd, &*spot.name, UnlinkatFlags::RemoveDir)
+        self.remove(spot, UnlinkatFlags::RemoveDir)
+    }
+
+    fn remove(&self, spot: &Spot, flag: UnlinkatFlags) -> Result<()> {
+        let victim = self.nodes.victim(spot);
+        unlinkat(&*self.descriptor(&spot.dir)?, &*spot.name, flag)?;
+        victim.into_iter().for_each(Victim::lose_name);
+        Ok(())
     }
 
     pub(crate) fn rename(&self, from: &Spot, to: &Spot, flags: u32) -> Result<()> {
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::EINVAL)?;
-        renameat2(&from.dir.fd, &*from.name, &to.dir.fd, &*to.name, flags)?;
-        let exchanged = flags.contains(RenameFlags::RENAME_EXCHANGE).then_some(from);
-        for spot in [Some(to), exchanged].into_iter().flatten() {
-            if let Ok(stat) = fstatat(&spot.dir.fd, &*spot.name, AtFlags::AT_SYMLINK_NOFOLLOW) {
-                self.nodes.renamed(stat.st_ino, spot.path());
-            }
+        let (moved, replaced) = (self.nodes.victim(from), self.nodes.victim(to));
+        let (old_dir, new_dir) = (self.descriptor(&from.dir)?, self.descriptor(&to.dir)?);
+        renameat2(&*old_dir, &*from.name, &*new_dir, &*to.name, flags)?;
+        if flags.contains(RenameFlags::RENAME_EXCHANGE) {
+            self.nodes.renamed(replaced, from);
+        } else {
+            replaced.into_iter().for_each(Victim::lose_name);
         }
+        self.nodes.renamed(moved, to);
         Ok(())
     }
 
@@ -177,7 +196,7 @@ impl Backing {
     ) -> Result<(u64, Caching)> {
         // The kernel has seen to the rest: appending, truncating, creating.
         let flags = OFlag::from_bits_truncate(flags & libc::O_ACCMODE) | OFlag::O_CLOEXEC;
-        let fd = openat(AT_FDCWD, node.magic_link().as_str(), flags, Mode::empty())?;
+        let fd = openat(AT_FDCWD, magic_link(&*self.descriptor(node)?).as_str(), flags, Mode::empty())?;
         let version = Version::of(&fstat(&fd)?);
         let before = node.caches((!distorted).then_some(version));
         let caching = match before {
@@ -185,7 +204,7 @@ impl Backing {
             Some(before) if before == version => Caching::Keep,
             _ => Caching::Anew,
         };
-        Ok((self.hold(fd, node, node.path(), caching, reads), caching))
+        Ok((self.hold(fd, node, node.path().into(), caching, reads), caching))
     }
 
     /// Makes and opens a file, or opens the one that is there.
@@ -200,9 +219,9 @@ impl Backing {
     ) -> Result<(FileAttr, u64, Caching)> {
         let kept = libc::O_ACCMODE | libc::O_EXCL | libc::O_TRUNC;
         let flags = OFlag::from_bits_truncate(flags & kept) | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = openat(&spot.dir.fd, &*spot.name, flags, Mode::from_bits_truncate(mode))?;
-        give(spot, caller)?;
-        let (node, stat) = self.found(spot)?;
+        let fd = openat(&*self.descriptor(&spot.dir)?, &*spot.name, flags, Mode::from_bits_truncate(mode))?;
+        self.give(spot, caller)?;
+        let (node, stat) = self.nodes.look_up(spot)?;
         let caching = if distorted { Caching::Never } else { Caching::Anew };
         node.caches((!distorted).then_some(Version::of(&stat)));
         let handle = self.hold(fd, &node, spot.path().into(), caching, reads);
@@ -219,7 +238,8 @@ impl Backing {
     }
 
     pub(crate) fn fsync_dir(&self, dir: &Node) -> Result<()> {
-        File::open(dir.magic_link()).and_then(|dir| dir.sync_all()).map_err(|error| errno(&error))
+        let fd = self.descriptor(dir)?;
+        File::open(magic_link(&fd)).and_then(|dir| dir.sync_all()).map_err(|error| errno(&error))
     }
 
     pub(crate) fn open_dir(&self, dir: &Arc<Node>) -> u64 {
@@ -230,10 +250,11 @@ impl Backing {
     pub(crate) fn listing(&self, open: &OpenDir, from: u64) -> Result<Arc<Vec<Listed>>> {
         let mut listing = open.listing.lock().unwrap_or_else(PoisonError::into_inner);
         if from == 0 {
-            let own = fstat(&open.dir.fd)?.st_ino;
+            let dir = self.descriptor(&open.dir)?;
+            let own = fstat(&*dir)?.st_ino;
             let dot = |name: &str| Listed { name: name.into(), ino: own, kind: FileType::Directory };
             let mut entries = vec![dot("."), dot("..")];
-            for entry in fs::read_dir(open.dir.magic_link()).map_err(|error| errno(&error))? {
+            for entry in fs::read_dir(magic_link(&dir)).map_err(|error| errno(&error))? {
                 let entry = entry.map_err(|error| errno(&error))?;
                 let kind = entry.file_type().ok().and_then(FileType::from_std).unwrap_or(FileType::RegularFile);
                 entries.push(Listed { name: entry.file_name(), ino: entry.ino(), kind });
@@ -242,15 +263,6 @@ impl Backing {
         }
         Ok(listing.clone())
     }
-}
-
-/// A file belongs to whoever made it, and not to the simulated NAS.
-fn give(spot: &Spot, caller: Caller) -> Result<()> {
-    if (caller.uid, caller.gid) == (0, 0) {
-        return Ok(());
-    }
-    let (uid, gid) = (Uid::from_raw(caller.uid), Gid::from_raw(caller.gid));
-    fchownat(&spot.dir.fd, &*spot.name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)
 }
 
 fn errno(error: &std::io::Error) -> Errno {

@@ -1,5 +1,6 @@
 //! What every call goes through: counted, perhaps hung, kept waiting, perhaps failed, answered.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -32,10 +33,10 @@ pub(crate) enum About {
 impl About {
     fn paths(&self) -> Vec<String> {
         match self {
-            About::Node(node) => vec![node.path().to_string()],
+            About::Node(node) => vec![node.path()],
             About::Spot(spot) => vec![spot.path()],
             About::Spots(from, to) => vec![from.path(), to.path()],
-            About::Link(node, to) => vec![node.path().to_string(), to.path()],
+            About::Link(node, to) => vec![node.path(), to.path()],
             About::File(file) => vec![file.path.to_string()],
         }
     }
@@ -53,9 +54,9 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub(crate) fn new(backing: &Path, options: &Options) -> std::io::Result<Self> {
+    pub(crate) fn new(backing: &Path, descriptors: NonZeroUsize, options: &Options) -> std::io::Result<Self> {
         Ok(Server {
-            backing: Backing::open(backing)?,
+            backing: Backing::open(backing, descriptors)?,
             pace: Pace::new(options.latency, options.bandwidth),
             faults: Arc::default(),
             counts: Counts::default(),

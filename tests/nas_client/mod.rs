@@ -30,11 +30,13 @@ pub struct Options {
     pub bandwidth: String,
     /// How long the kernel may remember names, attributes and misses.
     pub attr_ttl: String,
+    /// How many inodes it keeps open.
+    pub descriptors: Option<u32>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { latency: "0ms".into(), bandwidth: "unlimited".into(), attr_ttl: "3s".into() }
+        Options { latency: "0ms".into(), bandwidth: "unlimited".into(), attr_ttl: "3s".into(), descriptors: None }
     }
 }
 
@@ -95,6 +97,7 @@ impl Nas {
         let mut child = Command::new(program())
             .args([backing, &mount])
             .args(["--latency", &options.latency, "--bandwidth", &options.bandwidth, "--attr-ttl", &options.attr_ttl])
+            .args(options.descriptors.map(|most| format!("--descriptors={most}")))
             .arg("--control")
             .arg(&socket)
             // So that it does not outlive a test program that was killed.
