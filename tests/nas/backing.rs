@@ -52,6 +52,15 @@ pub(crate) enum Caching {
     Never,
 }
 
+/// A file that was opened.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Opened {
+    pub(crate) handle: u64,
+    pub(crate) caching: Caching,
+    /// The attributes that the kernel remembers are not right any more.
+    pub(crate) outdated: bool,
+}
+
 /// The backing directory, and what the kernel knows of it.
 #[derive(Debug)]
 pub(crate) struct Backing {
@@ -78,7 +87,9 @@ impl Backing {
     }
 
     pub(crate) fn getattr(&self, node: &Node) -> Result<FileAttr> {
-        fstat(&*self.descriptor(node)?).map(|stat| attr(&stat))
+        let stat = fstat(&*self.descriptor(node)?)?;
+        node.tells(Version::of(&stat));
+        Ok(attr(&stat))
     }
 
     pub(crate) fn setattr(&self, node: &Node, open: Option<&OpenFile>, changes: &Changes) -> Result<FileAttr> {
@@ -187,13 +198,7 @@ impl Backing {
     }
 
     /// Opens a file; `distorted`: what it reads will not be what is there.
-    pub(crate) fn open_file(
-        &self,
-        node: &Arc<Node>,
-        flags: i32,
-        distorted: bool,
-        reads: &Reads,
-    ) -> Result<(u64, Caching)> {
+    pub(crate) fn open_file(&self, node: &Arc<Node>, flags: i32, distorted: bool, reads: &Reads) -> Result<Opened> {
         // The kernel has seen to the rest: appending, truncating, creating.
         let flags = OFlag::from_bits_truncate(flags & libc::O_ACCMODE) | OFlag::O_CLOEXEC;
         let fd = openat(AT_FDCWD, magic_link(&*self.descriptor(node)?).as_str(), flags, Mode::empty())?;
@@ -204,7 +209,8 @@ impl Backing {
             Some(before) if before == version => Caching::Keep,
             _ => Caching::Anew,
         };
-        Ok((self.hold(fd, node, node.path().into(), caching, reads), caching))
+        let outdated = node.tells(version) != Some(version);
+        Ok(Opened { handle: self.hold(fd, node, node.path().into(), caching, reads), caching, outdated })
     }
 
     /// Makes and opens a file, or opens the one that is there.

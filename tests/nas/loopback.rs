@@ -285,11 +285,15 @@ impl Filesystem for Loopback {
             let node = node.clone();
             move |server: &Server| {
                 let distorted = server.faults.distort(&node.path());
-                server.backing.open_file(&node, flags.0, distorted, &server.reads)
+                let opened = server.backing.open_file(&node, flags.0, distorted, &server.reads)?;
+                if opened.outdated {
+                    server.forget_attributes(&node);
+                }
+                Ok(opened)
             }
         };
         self.server.call(Call::Open, About::Node(node), work, move |opened| match opened {
-            Ok((handle, caching)) => reply.opened(FileHandle(handle), open_flags(caching)),
+            Ok(opened) => reply.opened(FileHandle(opened.handle), open_flags(opened.caching)),
             Err(errno) => reply.error(refused(errno)),
         });
     }

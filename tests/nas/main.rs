@@ -10,9 +10,12 @@
 //!
 //! What it has of an NFS client: every call costs a round trip, and round trips overlap; all transfers share one line;
 //! attributes, names and misses are remembered for `--attr-ttl`; the data of a file stay cached from one open to the
-//! next only when its time and size are the same (close-to-open consistency). What it has not: leases, locks that other
-//! clients see, calls that a signal interrupts, and `.nfs` files (who has an unlinked file open reads it through the
-//! open descriptor).
+//! next only when its time and size are the same, and opening refreshes its attributes (close-to-open consistency).
+//!
+//! What it has not: leases, locks that other clients see, calls that a signal interrupts, and `.nfs` files (who has an
+//! unlinked file open reads it through the open descriptor). What it has besides: OPENDIR is a call of its own, a listing
+//! ends with a call that returns nothing, and the first look at the attributes of a file after a READ costs a GETATTR,
+//! because the kernel wants the new access time. The round trip through FUSE comes on top of the latency: 20 to 50 us.
 //!
 //! It prints `ready` on standard output when the mount answers, and ends when it is unmounted, or with SIGTERM or
 //! SIGINT, which unmount it (lazily) and do not wait for anybody. What is then still open fails with ENOTCONN.
@@ -146,6 +149,7 @@ fn start(
     config.clone_fd = true;
     let loopback = Loopback::new(end.server.clone(), options.attr_ttl);
     let session = Session::from_fd(loopback, device.into(), SessionACL::All, config)?;
+    let _ = end.server.notifier.set(session.notifier());
     let session = std::thread::Builder::new().name("session".into()).spawn(move || match session.run() {
         // A request was just being read when the unmounting ended the connection.
         Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => Ok(()),

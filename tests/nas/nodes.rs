@@ -86,18 +86,20 @@ impl Kind {
 #[derive(Debug)]
 pub(crate) struct Node {
     /// As the kernel calls it.
-    ino: u64,
+    pub(crate) ino: u64,
     /// Where it is, the latest first; empty for the root, and for what is unlinked.
     names: Mutex<Vec<Spot>>,
     /// Holds what has no name.
     pinned: OnceLock<Arc<OwnedFd>>,
-    /// What the kernel may have cached.
+    /// Of which data the kernel may have pages.
     cached: Mutex<Option<Version>>,
+    /// Which attributes the kernel got last.
+    told: Mutex<Option<Version>>,
 }
 
 impl Node {
     fn new(ino: u64) -> Self {
-        Node { ino, names: Mutex::default(), pinned: OnceLock::new(), cached: Mutex::default() }
+        Node { ino, names: Mutex::default(), pinned: OnceLock::new(), cached: Mutex::default(), told: Mutex::default() }
     }
 
     /// Relative to the backing directory, under the name by which it was found last.
@@ -106,7 +108,12 @@ impl Node {
         name.map(|spot| spot.path()).unwrap_or_default()
     }
 
-    /// Sets what the kernel caches from now on; returns what it had.
+    /// Notes which attributes the kernel is about to get; returns which it had.
+    pub(crate) fn tells(&self, version: Version) -> Option<Version> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).replace(version)
+    }
+
+    /// Sets of which data the kernel has pages from now on; returns of which it had.
     pub(crate) fn caches(&self, version: Option<Version>) -> Option<Version> {
         std::mem::replace(&mut *self.cached.lock().unwrap_or_else(PoisonError::into_inner), version)
     }
@@ -213,6 +220,7 @@ impl Nodes {
         let known = table.known.entry(stat.st_ino).or_insert_with(new);
         known.lookups += 1;
         known.node.found_at(spot, Kind::of(&stat));
+        known.node.tells(Version::of(&stat));
         let node = known.node.clone();
         let closed = table.descriptors.push(stat.st_ino, Arc::new(fd));
         drop(table);

@@ -2,10 +2,10 @@
 
 use std::num::NonZeroUsize;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
-use fuser::{ReplyData, ReplyWrite};
+use fuser::{INodeNo, Notifier, ReplyData, ReplyWrite};
 use nix::errno::Errno;
 use nix::sys::uio::{pread, pwrite};
 
@@ -49,6 +49,8 @@ pub(crate) struct Server {
     pub(crate) faults: Arc<Faults>,
     pub(crate) counts: Counts,
     pub(crate) reads: Reads,
+    /// To the kernel; there is one as soon as there is a session.
+    pub(crate) notifier: OnceLock<Notifier>,
     /// Used again, the last first: it may still be in the processor's cache.
     buffers: Mutex<Vec<Vec<u8>>>,
 }
@@ -61,6 +63,7 @@ impl Server {
             faults: Arc::default(),
             counts: Counts::default(),
             reads: Reads::default(),
+            notifier: OnceLock::new(),
             buffers: Mutex::default(),
         })
     }
@@ -193,6 +196,14 @@ impl Server {
         match result {
             Ok(written) => reply.written(written as u32),
             Err(errno) => reply.error(refused(errno)),
+        }
+    }
+
+    /// Has the kernel ask anew for the attributes of a file that is being opened, which is when an NFS client does.
+    pub(crate) fn forget_attributes(&self, node: &Node) {
+        if let Some(notifier) = self.notifier.get() {
+            // A negative offset leaves the data alone: taking pages away would wait for those who read them.
+            let _ = notifier.inval_inode(INodeNo(node.ino), -1, 0);
         }
     }
 
