@@ -19,6 +19,7 @@
 //! **Waiting** follows [`crate::patience`]: no session thread waits here. Whoever may wait does so for a limited time, as
 //! calls on the store are made by threads that may hang.
 
+mod ahead;
 mod counters;
 mod entry;
 mod fetch;
@@ -43,7 +44,9 @@ pub use entry::Held;
 
 use crate::environment::Digest;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::store::{Chunks, Object, Room, Store};
+use crate::patience;
+use crate::store::{CHUNK_SIZE, Chunks, Object, Room, Store};
+use ahead::Ahead;
 use counters::Counters;
 use entry::{Entry, Units};
 use fetch::Source;
@@ -96,6 +99,7 @@ struct Inner {
     entries: Mutex<HashMap<Key, Arc<Entry>>>,
     ledger: Ledger,
     counters: Counters,
+    ahead: Arc<Ahead>,
     /// Units for which there was no room.
     loose: Mutex<Loose>,
     /// Held as long as the cache is.
@@ -147,6 +151,7 @@ impl Cache {
             entries: Mutex::default(),
             ledger,
             counters: Counters::default(),
+            ahead: Arc::default(),
             loose: Mutex::new(LruCache::new(LOOSE_MAX)),
             _lock: lock,
             dir,
@@ -228,18 +233,47 @@ impl Cache {
         Ok((entry.sealed_file(), Held::new(entry)))
     }
 
-    /// Asks for chunks `first..end` of `object` where they are not here yet, without waiting for them. False when there
-    /// is no room, so that asking ahead is of no use.
+    /// Asks for chunks `first..end` of `object` where they are not here yet, without waiting for them; but where this
+    /// thread may wait, only as soon as fewer than `most` requests are under way ahead of readers. False when there is no
+    /// room, so that asking ahead is of no use.
+    ///
+    /// # Errors
+    /// Those of `chunks`.
     pub fn ask_ahead(
         &self,
         object: &Object,
         chunks: impl FnOnce() -> Result<Chunks>,
         first: u64,
         end: u64,
+        most: usize,
     ) -> Result<bool> {
         let entry = self.inner.entry(object)?;
         entry.prepare(&self.inner, object, || Ok(Units::Chunks(chunks()?)))?;
-        Ok(entry.ask_ahead(&self.inner, first, end))
+        let mut at = first;
+        while at < end {
+            if patience::may_wait() {
+                self.inner.ahead.wait_for_less_than(most);
+            }
+            let next = (at + entry::AT_ONCE as u64).min(end);
+            if !entry.ask_ahead(&self.inner, at, next) {
+                return Ok(false);
+            }
+            at = next;
+        }
+        Ok(true)
+    }
+
+    /// Waits until chunks `first..end` of `object`, which were asked for, are here.
+    ///
+    /// # Errors
+    /// As [`Cache::read`].
+    pub fn wait_for(&self, object: &Object, first: u64, end: u64) -> Result<()> {
+        let entry = self.inner.entry(object)?;
+        for at in first..end.min(object.chunks()) {
+            let start = at * CHUNK_SIZE;
+            entry.bring(&self.inner, start, start + object.chunk_size(at))?;
+        }
+        Ok(())
     }
 
     /// What the cache has done and holds.

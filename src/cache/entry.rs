@@ -19,7 +19,7 @@ use crate::patience;
 use crate::store::{CHUNK_SIZE, Chunks, Object};
 
 /// Units that one request asks for at most.
-const AT_ONCE: usize = 16;
+pub(super) const AT_ONCE: usize = 16;
 /// Units asked for ahead of a reader that goes on and on.
 const AHEAD_MAX: usize = 32;
 
@@ -393,7 +393,9 @@ impl Entry {
                 inner.counters.ahead.fetch_add(run as u64, Ordering::Relaxed);
             }
             let (entry, inner, known) = (self.clone(), inner.clone(), known.clone());
+            let under_way = ahead.then(|| inner.ahead.begin());
             let asked = patience::BYTES.ask(move || {
+                let _under_way = under_way;
                 let landing = Landing { entry, units: at..at + run };
                 let (first, count) = (landing.units.start, landing.units.len());
                 match inner.source.fetch(&known.object, &known.units, first, count, &inner.counters) {

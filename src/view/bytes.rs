@@ -56,6 +56,7 @@ impl Tree {
         if size == 0 {
             return Ok(Vec::new());
         }
+        self.touched(at, offset, size);
         match (&self.cache, &at.layer) {
             (None, _) => self.objects.read(&self.store, &at.object, position, size),
             (Some(cache), None) => {
@@ -65,9 +66,9 @@ impl Tree {
             (Some(cache), Some(layer)) => {
                 let chunks = || self.with_catalog(layer, |catalog| catalog.chunks(&at.object.digest, at.object.size));
                 if at.object.room == Room::Packs && self.begun.get(&at.object).is_none() {
-                    self.begun.put(at.object, ());
                     let hot = self.layer_doc(layer)?.pack_hot.div_ceil(CHUNK_SIZE);
-                    cache.ask_ahead(&at.object, chunks, 0, hot)?;
+                    cache.ask_ahead(&at.object, chunks, 0, hot, usize::MAX)?;
+                    self.begun.put(at.object, ());
                 }
                 cache.read(&at.object, chunks, position, size)
             }
