@@ -87,6 +87,9 @@ impl Options {
     }
 }
 
+/// Caches beside the default one, for mounts at the same time.
+const OTHER_CACHES_MAX: u32 = 16;
+
 /// How a mount ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
@@ -221,7 +224,17 @@ fn with_cache(tree: Tree, options: &Options) -> Result<(Tree, Option<TempDir>)> 
             (cache::Options::at(dir.path()), Some(dir))
         }
     };
-    let cache = Cache::open(keep, tree.store().clone())?;
+    let mut opened = Cache::open(keep.clone(), tree.store().clone());
+    // Nobody has named the directory, and another mount has it: one beside it.
+    for other in 2..=OTHER_CACHES_MAX {
+        if options.cache_always || !opened.as_ref().is_err_and(|error| error.kind() == Kind::Busy) {
+            break;
+        }
+        let mut dir = keep.dir.clone().into_os_string();
+        dir.push(format!("-{other}"));
+        opened = Cache::open(cache::Options { dir: dir.into(), ..keep.clone() }, tree.store().clone());
+    }
+    let cache = opened?;
     Ok((tree.cached(Arc::new(cache)), temporary))
 }
 

@@ -14,6 +14,8 @@ use crate::view::Tree;
 
 /// How often names that somebody asked for lately are compared with the store.
 const EVERY: Duration = Duration::from_millis(300);
+/// The same for a distant store, where each look takes several requests.
+const EVERY_DISTANT: Duration = Duration::from_millis(900);
 
 /// Wakes and ends the thread.
 #[derive(Debug, Default)]
@@ -40,7 +42,8 @@ impl Refresher {
     /// The thread's work, until [`Refresher::end`].
     pub(super) fn run(&self, tree: &Tree, notifier: &Notifier) {
         let mut active = false;
-        let mut pause = EVERY;
+        let every = if tree.cache().is_some() { EVERY_DISTANT } else { EVERY };
+        let mut pause = every;
         loop {
             {
                 let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
@@ -60,7 +63,7 @@ impl Refresher {
             let start = Instant::now();
             let watching = tree.refresh();
             // A slow store is not asked all the time; the end of an outage is to be noticed at once.
-            pause = if tree.is_cut_off() { EVERY } else { EVERY.max(start.elapsed() * 5) };
+            pause = if tree.is_cut_off() { every } else { every.max(start.elapsed() * 5) };
             active = watching || self.asked.load(Ordering::Relaxed) || !active;
             for changed in tree.take_changes() {
                 let dir = INodeNo(changed.dir.get());

@@ -130,13 +130,20 @@ impl Store {
         Ok(Some((sequence, profile)))
     }
 
-    /// Adds `start` to what is known of the starts of a version.
+    /// Adds `start` to what is known of the starts of a version. One that shows nothing new counts as a start even if not
+    /// all of it was seen: there is no more to learn from its like.
     pub fn add_profile(&self, name: &EnvName, number: u64, start: &Profile) -> Result<Profile> {
         self.require_writable()?;
         self.version(name, number)?;
         loop {
             let (sequence, known) = self.profile(name, number)?.unwrap_or_default();
-            let profile = known.merged(start.clone());
+            if known.is_enough() {
+                return Ok(known);
+            }
+            let mut profile = known.clone().merged(start.clone());
+            if profile.objects == known.objects {
+                profile.starts = profile.starts.max(known.starts + 1);
+            }
             let path = self.profiles_dir(name, number).join(format!("{}.json", sequence + 1));
             if publish::bytes(&self.root, &path, &to_json(&profile)?)? {
                 return Ok(profile);

@@ -1,0 +1,195 @@
+//! Starts on cold nodes: what the first one reads is brought to the next before it asks, and what was brought ahead of
+//! use needs no store any more.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+mod nas_client;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use common::{Fixture, SITE, noise, until};
+use envfabric::cache;
+use envfabric::mount::{self, Mounted, Options, mount as mount_store, stats, warm};
+use envfabric::store::{CHUNK_SIZE, Index, Store};
+use nas_client::{Nas, no_nas_because};
+
+/// A store that was made locally, behind a NAS, with an environment of three packages and a large file in each.
+struct Behind {
+    nas: Nas,
+    fixture: Fixture,
+}
+
+impl Behind {
+    fn new() -> Behind {
+        let fixture = Fixture::new();
+        fixture.publish("demo/a", fixture.packages());
+        Behind { nas: Nas::start(fixture.dir.path(), &nas_client::Options::default()), fixture }
+    }
+
+    fn store(&self) -> Store {
+        Store::open(&self.nas.mount().join("store")).unwrap()
+    }
+
+    /// A node that has never seen the store.
+    fn node(&self, name: &str) -> Node {
+        let dir = self.fixture.place(name);
+        let index = Index::in_memory().unwrap();
+        let options = Options {
+            cache: Some(cache::Options { keep_free: 0, ..cache::Options::at(dir.join("cache")) }),
+            ..Options::at(dir.join("mounted"))
+        };
+        Node { mounted: Some(mount_store(self.store(), Arc::new(index), &options).unwrap()) }
+    }
+}
+
+struct Node {
+    mounted: Option<Mounted>,
+}
+
+impl Node {
+    fn root(&self) -> &Path {
+        self.mounted.as_ref().unwrap().mount_point()
+    }
+
+    fn version(&self) -> PathBuf {
+        self.root().join("demo/a/.versions/1")
+    }
+
+    fn cache(&self) -> serde_json::Value {
+        let cache = self.cache_stats();
+        serde_json::to_value(cache).unwrap()
+    }
+
+    fn cache_stats(&self) -> cache::CacheStats {
+        stats(self.root()).unwrap().cache.unwrap()
+    }
+
+    /// What an interpreter does when it starts, and a program that needs one package.
+    fn start(&self) {
+        let venv = self.version().join(".venv");
+        fs::read_link(venv.join("bin/python")).unwrap();
+        assert!(fs::read_to_string(venv.join("pyvenv.cfg")).unwrap().starts_with("home = "));
+        assert_eq!(fs::read_to_string(venv.join(SITE).join("alpha/__init__.py")).unwrap(), "name = \"alpha\"\n");
+        assert_eq!(fs::read(venv.join(SITE).join("alpha/data/big.bin")).unwrap(), noise(700_000, 100));
+    }
+
+    fn end(mut self) {
+        self.mounted.take().unwrap().unmount().unwrap();
+    }
+}
+
+macro_rules! needs_a_nas {
+    () => {
+        if let Some(why) = no_nas_because() {
+            eprintln!("skipped: {why}");
+            return;
+        }
+    };
+}
+
+#[test]
+fn what_a_first_start_reads_is_brought_to_the_next_cold_node_when_python_is_followed() {
+    needs_a_nas!();
+    let behind = Behind::new();
+    let first = behind.node("first");
+    first.start();
+    assert_eq!(first.cache()["ahead_used"], 0);
+    // It is over when the mount is, if not earlier.
+    first.end();
+    let (_, profile) = behind.store().profile(&behind.fixture.name("demo/a"), 1).unwrap().unwrap();
+    assert_eq!(profile.starts, 1);
+    let blob: Vec<_> = profile.objects.iter().filter(|touched| touched.size == 700_000).collect();
+    assert_eq!(blob.len(), 1, "beta's and gamma's were not read: {profile:#?}");
+    assert_eq!(blob[0].runs, [(0, 700_000u64.div_ceil(CHUNK_SIZE))]);
+
+    let second = behind.node("second");
+    fs::read_link(second.version().join(".venv/bin/python")).unwrap();
+    until("all of the profile is here", || second.cache_stats().ahead >= 4);
+    until("nothing is under way", || {
+        let ahead = second.cache_stats();
+        ahead.unpacked_bytes >= profile.bytes()
+    });
+    // Whoever asks now is served without the store.
+    behind.nas.command("hang blobs/");
+    assert_eq!(fs::read(second.version().join(".venv").join(SITE).join("alpha/data/big.bin")).unwrap(), noise(700_000, 100));
+    behind.nas.command("heal");
+    second.start();
+    assert!(second.cache_stats().ahead_used >= 3, "{:?}", second.cache_stats());
+    second.end();
+    // The same again: nothing new, so that three starts are enough.
+    for node in ["third", "fourth"] {
+        let node = behind.node(node);
+        node.start();
+        node.end();
+    }
+    let (sequence, enough) = behind.store().profile(&behind.fixture.name("demo/a"), 1).unwrap().unwrap();
+    assert!(enough.is_enough() && enough.objects == profile.objects && sequence <= 3, "{sequence} {enough:#?}");
+}
+
+#[test]
+fn an_environment_that_was_warmed_needs_no_store() {
+    needs_a_nas!();
+    let behind = Behind::new();
+    let node = behind.node("node");
+    let begun = warm(&node.version(), true, true).unwrap();
+    assert_eq!(begun.failed, None);
+    until("it is warm", || warm(&node.version(), true, false).unwrap().ended);
+    let warmed = warm(&node.version(), true, false).unwrap();
+    assert!(warmed.failed.is_none() && warmed.done == warmed.total && warmed.total > 2_000_000, "{warmed:?}");
+    behind.nas.command("hang blobs/");
+    behind.nas.command("hang packs/");
+    for (package, seed) in [("alpha", 100), ("beta", 200), ("gamma", 300)] {
+        let big = node.version().join(".venv").join(SITE).join(package).join("data/big.bin");
+        assert_eq!(fs::read(big).unwrap(), noise(700_000, seed));
+    }
+    behind.nas.command("heal");
+}
+
+#[test]
+fn a_profile_that_is_damaged_or_wrong_harms_no_start() {
+    needs_a_nas!();
+    let behind = Behind::new();
+    let node = behind.node("first");
+    node.start();
+    node.end();
+    let store = behind.fixture.store.root();
+    let path = store.join("envs/demo/a/profiles/1/1.json");
+    let sound = fs::read_to_string(&path).unwrap();
+    let mut profile: serde_json::Value = serde_json::from_str(&sound).unwrap();
+    profile.as_object_mut().unwrap().remove("seal");
+    for touched in profile["objects"].as_array_mut().unwrap() {
+        touched["size"] = (u64::MAX / 2).into();
+        touched["runs"] = serde_json::json!([[0, u64::MAX], [7, 3]]);
+    }
+    let wrong = String::from_utf8(envfabric::store::sealed(&profile).unwrap()).unwrap();
+    for (n, text) in ["", "{", &sound[..sound.len() / 2], &wrong].iter().enumerate() {
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, text).unwrap();
+        let node = behind.node(&format!("node{n}"));
+        node.start();
+        node.end();
+    }
+}
+
+/// The mount of [`mount::profile`] sees every read, whatever others have in memory.
+#[test]
+fn a_command_is_recorded_in_a_mount_of_its_own() {
+    needs_a_nas!();
+    let fixture = Fixture::new();
+    fixture.publish("demo/a", fixture.packages());
+    let version = fixture.store.version(&fixture.name("demo/a"), 1).unwrap();
+    let read = |dir: &Path| {
+        let big = dir.join(".venv").join(SITE).join("beta/data/big.bin");
+        fs::read_link(dir.join(".venv/bin/python")).unwrap();
+        assert_eq!(fs::read(big).unwrap(), noise(700_000, 200));
+        Ok(())
+    };
+    for _ in 0..2 {
+        let (_, profile) = mount::profile(&fixture.store, fixture.index.clone(), &version, read).unwrap();
+        let objects = profile.unwrap().objects;
+        assert_eq!(objects.iter().filter(|touched| touched.size == 700_000).count(), 1, "{objects:#?}");
+    }
+}
