@@ -112,7 +112,7 @@ pub enum NoPassthrough {
     SwitchedOff,
     /// Only root may ask for it.
     NotRoot,
-    /// The store is on a network or stacked file system.
+    /// The store's files, or those of the cache, are on a network or stacked file system.
     NotLocal,
     /// The kernel does not offer it.
     Kernel,
@@ -126,7 +126,7 @@ impl fmt::Display for NoPassthrough {
             NoPassthrough::SwitchedOff => f.write_str("switched off (--no-passthrough)"),
             NoPassthrough::NotRoot => f.write_str("only a mount made by root has it"),
             NoPassthrough::NotLocal => {
-                f.write_str("the store is not on a local file system that has it (ext4, xfs, btrfs, tmpfs)")
+                f.write_str("the files are not on a local file system that has it (ext4, xfs, btrfs, tmpfs)")
             }
             NoPassthrough::Kernel => f.write_str("this kernel does not offer it (Linux 6.9 and later do)"),
             NoPassthrough::Refused(error) => write!(f, "the kernel refused it: {error}"),

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::attach;
 use super::passthrough::Passthrough;
 use super::table::{self, MountInfo};
+use crate::cache::CacheStats;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::sys;
 use crate::view::Tree;
@@ -132,12 +133,15 @@ impl Counters {
             resident_bytes: resident_bytes(),
             open_files: fs::read_dir("/proc/self/fd").map_or(0, |all| all.count() as u64),
             threads: threads as u64,
+            process_threads: fs::read_dir("/proc/self/task").map_or(0, |all| all.count() as u64),
+            store_hangs: tree.is_cut_off(),
             protocol: format!("{major}.{minor}"),
             passthrough: PassthroughUse { used: why_not.is_none(), why_not: why_not.map(|why| why.to_string()) },
             requests: requests.collect(),
             bytes_read: number(&self.bytes_read),
             opens: Opens { passthrough: passed, cached, direct },
             memories: memories.into_iter().collect(),
+            cache: tree.cache().map(|cache| cache.stats()),
         };
         // Numbers and texts can always be written.
         serde_json::to_vec(&stats).unwrap_or_default()
@@ -168,9 +172,15 @@ pub struct Stats {
     pub open_files: u64,
     /// Threads that answer the kernel.
     pub threads: u64,
+    /// Threads of its process, with those that wait for the store or ask it.
+    #[serde(default)]
+    pub process_threads: u64,
+    /// True while the store is distant and does not answer.
+    #[serde(default)]
+    pub store_hangs: bool,
     /// FUSE protocol that is spoken with the kernel, `7.40`.
     pub protocol: String,
-    /// Whether the kernel reads large files straight from the store.
+    /// Whether the kernel reads large files straight from the store or the cache.
     pub passthrough: PassthroughUse,
     /// Requests by the kernel's name for them. What it answers from its own memory is not among them.
     pub requests: BTreeMap<String, u64>,
@@ -180,9 +190,12 @@ pub struct Stats {
     pub opens: Opens,
     /// Its bounded memories.
     pub memories: BTreeMap<String, Memory>,
+    /// The cache, where it has one.
+    #[serde(default)]
+    pub cache: Option<CacheStats>,
 }
 
-/// Whether the kernel reads large files straight from the store.
+/// Whether the kernel reads large files straight from the store or the cache.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PassthroughUse {
     /// True when it does.
@@ -194,7 +207,7 @@ pub struct PassthroughUse {
 /// Files opened, by how their bytes are to be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Opens {
-    /// Straight from the store.
+    /// Straight from the store or the cache.
     pub passthrough: u64,
     /// Through the process, and kept by the kernel.
     pub cached: u64,
@@ -280,5 +293,51 @@ fn refused(mount: &MountInfo, error: io::Error) -> Error {
                 .hint("an older envfabric serves it: unmount and mount again")
         }
         _ => Error::io("asking the mount at", &mount.mount_point, error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::Histogram;
+
+    #[test]
+    fn the_longest_answer_fits_an_attribute_and_older_mounts_are_understood() {
+        // Bytes that are no text take three each.
+        let path = String::from_utf8_lossy(&[0xff; 4096]).into_owned();
+        let most = u64::MAX;
+        let names = |n: usize| (0..n).map(|i| format!("{i:>24}"));
+        let stats = Stats {
+            mount_point: path.clone(),
+            store: path.clone(),
+            envfabric: "10.10.10".into(),
+            pid: u32::MAX,
+            up_seconds: most,
+            cpu_seconds: 1e9 / 3.0,
+            resident_bytes: most,
+            open_files: most,
+            threads: most,
+            process_threads: most,
+            store_hangs: false,
+            protocol: "7.40".into(),
+            passthrough: PassthroughUse { used: false, why_not: Some("x".repeat(200)) },
+            requests: names(Op::NAMES.len()).map(|name| (name, most)).collect(),
+            bytes_read: most,
+            opens: Opens { passthrough: most, cached: most, direct: most },
+            memories: names(50).map(|name| (name, Memory { held: most, most })).collect(),
+            cache: Some(CacheStats {
+                dir: path,
+                served_bytes: most,
+                latency: Histogram { up_to_microseconds: vec![most; 20], counts: vec![most; 21] },
+                ..CacheStats::default()
+            }),
+        };
+        let mut value = serde_json::to_value(&stats).unwrap();
+        assert!(serde_json::to_vec(&value).unwrap().len() < ANSWER_MAX);
+        assert_eq!(serde_json::from_value::<Stats>(value.clone()).unwrap(), stats);
+        for new in ["process_threads", "store_hangs", "cache"] {
+            value.as_object_mut().unwrap().remove(new);
+        }
+        assert_eq!(serde_json::from_value::<Stats>(value).unwrap().cache, None);
     }
 }

@@ -1,11 +1,15 @@
 //! How a file gets its name: written whole beside the store, fsynced, linked.
 //!
-//! `link()` and not `rename()`, because it never replaces: a name, once given, keeps its bytes. After any error of
-//! `link()` the target is opened and compared, because NFS reports EEXIST for a LINK that it executed and whose reply
-//! was lost.
+//! `link()` and not `rename()`, because it never replaces: a name, once given, keeps its bytes. A file system without
+//! hard links is asked for a rename that never replaces; where there is neither, nothing is published.
+//!
+//! After any error the target is opened and compared, because NFS reports EEXIST for a LINK that it executed and whose
+//! reply was lost, and sshfs reports EPERM for a name that is taken. The same inode is ours. Another inode says nothing:
+//! sshfs numbers files by path. So documents, which carry a nonce or are what their name says, are compared byte by byte,
+//! and objects are judged by whoever published them ([`Temporary::link_or_repair`]).
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -70,9 +74,17 @@ impl Temporary {
         &self.path
     }
 
-    /// Makes the bytes durable and the file read-only, then links it to `target`.
-    /// False when `target` exists already as another file.
-    pub(super) fn link(&self, target: &Path) -> Result<bool> {
+    /// Makes the bytes durable and the file read-only, then links it to `target`. False when `target` exists already
+    /// with other bytes.
+    pub(super) fn link(&mut self, target: &Path) -> Result<bool> {
+        match self.claim(target, &NAMING)? {
+            None => Ok(true),
+            Some(there) => self.is_same_as(there, target),
+        }
+    }
+
+    /// Gives it the name `target` in one of the ways of `naming`; what has that name already, if it may be another file.
+    fn claim(&self, target: &Path, naming: &[Name]) -> Result<Option<File>> {
         self.file.set_permissions(fs::Permissions::from_mode(0o444)).at("setting the mode of", &self.path)?;
         let parent = target.parent().unwrap_or(Path::new("/"));
         let mut made_parent = !parent.exists();
@@ -86,33 +98,48 @@ impl Temporary {
         } else {
             self.file.sync_all().at("syncing", &self.path)?;
         }
-        let error = loop {
-            match fs::hard_link(&self.path, target) {
-                Ok(()) => {
-                    sync_dir(parent)?;
-                    return Ok(true);
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound && !made_parent => {
-                    make_dirs(parent)?;
-                    made_parent = true;
-                }
-                Err(error) => break error,
+        for name in naming {
+            let mut named = name(&self.path, target);
+            if named.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) && !made_parent {
+                make_dirs(parent)?;
+                made_parent = true;
+                named = name(&self.path, target);
             }
-        };
-        // Was it ours after all? The inode tells, and is compared through open handles only.
-        if let Ok(there) = File::open(target) {
-            let (ours, theirs) = (self.file.metadata(), there.metadata());
-            if let (Ok(ours), Ok(theirs)) = (ours, theirs) {
-                return Ok((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()));
+            let Err(error) = named else {
+                sync_dir(parent)?;
+                return Ok(None);
+            };
+            // Through open handles only, which are asked of the server.
+            if let Ok(there) = File::open(target) {
+                let (ours, theirs) = (self.file.metadata(), there.metadata());
+                let same = ours.ok().zip(theirs.ok()).is_some_and(|(a, b)| (a.dev(), a.ino()) == (b.dev(), b.ino()));
+                return Ok((!same).then_some(there));
+            }
+            if !is_missing(&error) {
+                return Err(Error::io("publishing", target, error));
             }
         }
-        Err(Error::io("publishing", target, error))
+        let what = "its file system has neither hard links nor renames that never replace";
+        Err(Error::new(Kind::Unsupported, format!("{} cannot be published: {what}", target.display()))
+            .hint("put the store on another file system, or share this one in another way: NFS has hard links"))
+    }
+
+    /// True when `there`, the file at `target`, has the same bytes.
+    fn is_same_as(&mut self, mut there: File, target: &Path) -> Result<bool> {
+        let theirs = there.metadata().at("reading", target)?.len();
+        if self.file.metadata().at("reading", &self.path)?.len() != theirs {
+            return Ok(false);
+        }
+        let mut bytes = (Vec::new(), Vec::new());
+        self.file.rewind().and_then(|()| self.file.read_to_end(&mut bytes.0)).at("reading", &self.path)?;
+        there.read_to_end(&mut bytes.1).at("reading", target)?;
+        Ok(bytes.0 == bytes.1)
     }
 
     /// Links it to `target`, the name of something content-addressed. When the name is taken by what is not `sound`,
     /// that is replaced: the right bytes are known, so nothing can be lost, and who has it open keeps what was there.
     pub(super) fn link_or_repair(&self, target: &Path, sound: impl FnOnce() -> bool) -> Result<()> {
-        if self.link(target)? || sound() {
+        if self.claim(target, &NAMING)?.is_none() || sound() {
             return Ok(());
         }
         tracing::warn!(object = %target.display(), "a damaged object is replaced by a sound one");
@@ -121,9 +148,28 @@ impl Temporary {
     }
 }
 
+/// A way to give a file another name that fails when the name is taken.
+type Name = fn(&Path, &Path) -> io::Result<()>;
+
+/// The ways there are, the better one first.
+const NAMING: [Name; 2] = [|from, to| fs::hard_link(from, to), rename_new];
+
+/// Renames; never replaces.
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+    Ok(renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE)?)
+}
+
+/// True for how file systems say that they cannot do what was asked: vfat and sshfs EPERM, FUSE ENOSYS, SMB EOPNOTSUPP;
+/// EINVAL is for the flag of a rename.
+fn is_missing(error: &io::Error) -> bool {
+    let missing = [libc::EPERM, libc::ENOSYS, libc::EOPNOTSUPP, libc::EINVAL];
+    error.raw_os_error().is_some_and(|errno| missing.contains(&errno))
+}
+
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // The linked name keeps the bytes; an error leaves a stray file in tmp/, which gc removes.
+        // A linked name keeps the bytes, a renamed file is not here; an error leaves a stray file in tmp/.
         let _ = fs::remove_file(&self.path);
     }
 }
@@ -221,8 +267,47 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let target = root.path().join("envs/a/b/1.json");
         assert!(bytes(root.path(), &target, b"first").unwrap());
+        assert!(!bytes(root.path(), &target, b"other").unwrap(), "as long");
         assert!(!bytes(root.path(), &target, b"second").unwrap());
         assert_eq!(fs::read(&target).unwrap(), b"first");
         assert_eq!(fs::read_dir(root.path().join("tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn whatever_link_reports_a_document_is_ours_when_its_bytes_are_there() {
+        const DONE_BUT: [Name; 3] = [
+            |from, to| fs::hard_link(from, to).and(Err(io::ErrorKind::AlreadyExists.into())),
+            // A copy has another inode, as every name has where files are numbered by path.
+            |from, to| fs::copy(from, to).and(Err(io::ErrorKind::AlreadyExists.into())),
+            |from, to| fs::copy(from, to).and(Err(io::Error::from_raw_os_error(libc::EPERM))),
+        ];
+        for (i, link) in DONE_BUT.into_iter().enumerate() {
+            let root = tempfile::tempdir().unwrap();
+            let target = root.path().join("1.json");
+            let mut ours = written(root.path(), b"with a nonce").unwrap();
+            let there = ours.claim(&target, &[link, rename_new]).unwrap();
+            assert_eq!(there.is_none(), i == 0, "only an inode tells at once");
+            assert!(there.is_none_or(|there| ours.is_same_as(there, &target).unwrap()));
+        }
+    }
+
+    #[test]
+    fn without_hard_links_a_rename_that_never_replaces_gives_the_name() {
+        let lacks: Name = |_, _| Err(io::Error::from_raw_os_error(libc::EPERM));
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("envs/1.json");
+        assert!(written(root.path(), b"first").unwrap().claim(&target, &[lacks, rename_new]).unwrap().is_none());
+        let mut second = written(root.path(), b"other").unwrap();
+        let there = second.claim(&target, &[lacks, rename_new]).unwrap().expect("the name is taken");
+        assert!(!second.is_same_as(there, &target).unwrap());
+        drop(second);
+        assert_eq!(fs::read(&target).unwrap(), b"first");
+        assert_eq!(fs::read_dir(root.path().join("tmp")).unwrap().count(), 0);
+
+        let no_flags: Name = |_, _| Err(io::Error::from_raw_os_error(libc::EINVAL));
+        let other = root.path().join("envs/2.json");
+        let error = written(root.path(), b"x").unwrap().claim(&other, &[lacks, no_flags]).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert!(error.to_string().contains("neither hard links nor renames") && !other.exists(), "{error}");
     }
 }

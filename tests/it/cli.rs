@@ -212,6 +212,37 @@ fn stats_tells_what_a_mount_has_done_and_a_dead_or_stopped_one_is_not_waited_for
 }
 
 #[test]
+fn stats_tells_what_the_cache_of_a_mount_holds_and_has_spared_the_store() {
+    let world = World::new();
+    world.ok(["create", "demo/hello", "six", "--python", &python311()]);
+    let cache = world.dir().join("node");
+    world.ok(["mount", "--cache", cache.to_str().unwrap(), "--cache-size", "5GiB"]);
+    world.ok(["run", "demo/hello", "--", "python", "-c", "import six, json"]);
+    let told = world.json(["stats"])["cache"].clone();
+    assert_eq!((&told["dir"], &told["limit"]), (&cache.to_str().unwrap().into(), &(5u64 << 30).into()));
+    let number = |name: &str| told[name].as_u64().unwrap();
+    for used in ["held", "objects", "misses", "fetches", "fetched_bytes", "served_bytes", "verified_bytes"] {
+        assert!(number(used) > 0, "{used}: {told}");
+    }
+    for trouble in ["retries", "corrupt_in_store", "corrupt_in_cache", "timeouts", "not_kept", "evictions"] {
+        assert_eq!(number(trouble), 0, "{trouble}: {told}");
+    }
+    let answers: u64 = told["latency"]["counts"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).sum();
+    assert!(answers > 0, "{told}");
+    let shown = world.ok(["stats"]);
+    assert!(
+        shown.contains("\nCACHE") && shown.contains(" % from here") && shown.contains("\nSTORE ANSWERED"),
+        "{shown}"
+    );
+    let fits = |l: &str| l.chars().count() <= 80 || l.contains(world.dir().to_str().unwrap());
+    assert!(shown.lines().all(fits), "{shown}");
+    world.ok(["umount"]);
+    world.ok(["mount"]);
+    assert_eq!(world.json(["stats"])["cache"], serde_json::Value::Null);
+    world.ok(["umount"]);
+}
+
+#[test]
 fn paths_that_are_no_text_and_places_that_are_missing_are_told_without_a_panic() {
     use std::os::unix::ffi::OsStrExt;
     let world = World::new();

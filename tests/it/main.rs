@@ -10,6 +10,7 @@ mod copies;
 mod documents;
 mod faults;
 mod imports;
+mod network;
 mod side_by_side;
 mod sources;
 mod suites;

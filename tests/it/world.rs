@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 /// One store with everything around it. `uv`'s cache is the user's, so that wheels are downloaded once.
 pub struct World {
     dir: PathBuf,
+    store: PathBuf,
     _temporary: Option<tempfile::TempDir>,
 }
 
@@ -17,9 +18,16 @@ impl World {
     /// An empty one, gone when dropped.
     pub fn new() -> World {
         let temporary = tempfile::Builder::new().prefix("envfabric-it-").tempdir().unwrap();
-        let world = World { dir: temporary.path().to_path_buf(), _temporary: Some(temporary) };
+        let store = temporary.path().join("store");
+        let world = World { dir: temporary.path().to_path_buf(), store, _temporary: Some(temporary) };
         world.ok(["init"]);
         world
+    }
+
+    /// One whose store is somewhere else, made already or not.
+    pub fn with_store(store: PathBuf) -> World {
+        let temporary = tempfile::Builder::new().prefix("envfabric-it-").tempdir().unwrap();
+        World { dir: temporary.path().to_path_buf(), store, _temporary: Some(temporary) }
     }
 
     /// The one that all tests of this process share; for tests that only add environments of their own name.
@@ -29,7 +37,7 @@ impl World {
             let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("shared-world");
             let _ = fs::remove_dir_all(&dir);
             fs::create_dir_all(&dir).unwrap();
-            let world = World { dir, _temporary: None };
+            let world = World { store: dir.join("store"), dir, _temporary: None };
             world.ok(["init"]);
             world
         })
@@ -40,7 +48,7 @@ impl World {
     }
 
     pub fn store(&self) -> PathBuf {
-        self.dir.join("store")
+        self.store.clone()
     }
 
     /// `envfabric ARGS`, with every path in this world.
@@ -104,8 +112,13 @@ impl World {
 
     /// With the options of `ENVFABRIC_TEST_MOUNT`, so that the main job can be tested with each fast path switched off.
     pub fn mount_at(&self, at: &Path) -> Mount<'_> {
+        self.mount_with(at, &[])
+    }
+
+    /// With further options.
+    pub fn mount_with(&self, at: &Path, more: &[&str]) -> Mount<'_> {
         let options = std::env::var("ENVFABRIC_TEST_MOUNT").unwrap_or_default();
-        let options = options.split_whitespace().map(OsStr::new);
+        let options = options.split_whitespace().chain(more.iter().copied()).map(OsStr::new);
         self.ok([OsStr::new("mount"), at.as_os_str()].into_iter().chain(options));
         Mount { world: self, at: at.to_path_buf() }
     }
