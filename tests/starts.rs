@@ -58,11 +58,6 @@ impl Node {
         self.root().join("demo/a/.versions/1")
     }
 
-    fn cache(&self) -> serde_json::Value {
-        let cache = self.cache_stats();
-        serde_json::to_value(cache).unwrap()
-    }
-
     fn cache_stats(&self) -> cache::CacheStats {
         stats(self.root()).unwrap().cache.unwrap()
     }
@@ -87,8 +82,12 @@ macro_rules! needs_a_nas {
             eprintln!("skipped: {why}");
             return;
         }
+        // A process that another test starts has, for a moment, this one's open files, and keeps its mount busy.
+        let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     };
 }
+
+static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 #[test]
 fn what_a_first_start_reads_is_brought_to_the_next_cold_node_when_python_is_followed() {
@@ -96,7 +95,6 @@ fn what_a_first_start_reads_is_brought_to_the_next_cold_node_when_python_is_foll
     let behind = Behind::new();
     let first = behind.node("first");
     first.start();
-    assert_eq!(first.cache()["ahead_used"], 0);
     // It is over when the mount is, if not earlier.
     first.end();
     let (_, profile) = behind.store().profile(&behind.fixture.name("demo/a"), 1).unwrap().unwrap();
@@ -114,10 +112,14 @@ fn what_a_first_start_reads_is_brought_to_the_next_cold_node_when_python_is_foll
     });
     // Whoever asks now is served without the store.
     behind.nas.command("hang blobs/");
-    assert_eq!(fs::read(second.version().join(".venv").join(SITE).join("alpha/data/big.bin")).unwrap(), noise(700_000, 100));
+    assert_eq!(
+        fs::read(second.version().join(".venv").join(SITE).join("alpha/data/big.bin")).unwrap(),
+        noise(700_000, 100)
+    );
     behind.nas.command("heal");
+    let before = second.cache_stats().fetches;
     second.start();
-    assert!(second.cache_stats().ahead_used >= 3, "{:?}", second.cache_stats());
+    assert_eq!(second.cache_stats().fetches, before);
     second.end();
     // The same again: nothing new, so that three starts are enough.
     for node in ["third", "fourth"] {

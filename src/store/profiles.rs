@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::chunks::CHUNK_SIZE;
 use super::object::{Object, Room};
 use super::{Store, list_names, publish, read_json, to_json};
 use crate::environment::{Digest, EnvName};
@@ -53,8 +54,8 @@ impl Touched {
 
     /// Bytes of all its runs.
     pub fn bytes(&self) -> u64 {
-        let object = self.object();
-        self.runs.iter().flat_map(|(first, end)| *first..*end).map(|at| object.chunk_size(at)).sum()
+        let at = |chunk: u64| chunk.saturating_mul(CHUNK_SIZE).min(self.size);
+        self.runs.iter().fold(0, |sum: u64, (first, end)| sum.saturating_add(at(*end).saturating_sub(at(*first))))
     }
 }
 
@@ -68,7 +69,7 @@ impl Profile {
 
     /// Bytes of everything in it.
     pub fn bytes(&self) -> u64 {
-        self.objects.iter().map(Touched::bytes).sum()
+        self.objects.iter().fold(0, |sum, touched| sum.saturating_add(touched.bytes()))
     }
 
     /// True when there is nothing to learn from more starts.
@@ -173,6 +174,8 @@ mod tests {
             both.objects.iter().map(|t| t.digest).collect::<Vec<_>>(),
             [b"a", b"b", b"c"].map(|n| Digest::of(n))
         );
-        assert_eq!(both.objects[1].bytes(), super::super::CHUNK_SIZE);
+        assert_eq!(both.objects[1].bytes(), CHUNK_SIZE);
+        let wrong = Touched { size: 7, runs: vec![(0, u64::MAX), (5, 2), (u64::MAX, 0)], ..touched(b"d", &[]) };
+        assert_eq!(wrong.bytes(), 7);
     }
 }

@@ -333,7 +333,8 @@ impl Tree {
             (false, None) => self.likely(version)?,
             (true, _) => self.everything(version)?,
         };
-        warming.total.store(touched.iter().map(Touched::bytes).sum(), Ordering::Relaxed);
+        let total = touched.iter().fold(0, |sum: u64, touched| sum.saturating_add(touched.bytes()));
+        warming.total.store(total, Ordering::Relaxed);
         for touched in &touched {
             if !self.ask_for(cache, touched)? {
                 let what = format!("there is no room for {}", touched.object().label());
