@@ -87,13 +87,16 @@ fn is_lasting(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|errno| lasting.contains(&errno))
 }
 
+/// What is open of one file, and what keeps it in the cache.
+type Open = (Handles<Arc<BackingId>>, Option<Held>);
+
 /// What is open of files that could be opened with passthrough.
 #[derive(Debug, Default)]
 pub(super) struct Passthrough {
     enabled: AtomicBool,
     /// Why it is not enabled, or not any more.
     why_not: Mutex<Option<NoPassthrough>>,
-    open: Mutex<HashMap<Ino, (Handles<Arc<BackingId>>, Option<Held>)>>,
+    open: Mutex<HashMap<Ino, Open>>,
 }
 
 /// How to answer an open.
