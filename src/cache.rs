@@ -19,6 +19,7 @@
 //! **Waiting** follows [`crate::patience`]: no session thread waits here. Whoever may wait does so for a limited time, as
 //! calls on the store are made by threads that may hang.
 
+mod ahead;
 mod counters;
 mod entry;
 mod fetch;
@@ -46,7 +47,9 @@ pub use entry::Held;
 
 use crate::environment::Digest;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::store::{Chunks, Object, Room, Store};
+use crate::patience;
+use crate::store::{CHUNK_SIZE, Chunks, Object, Room, Store};
+use ahead::Ahead;
 use counters::Counters;
 use entry::Entry;
 use fetch::Source;
@@ -95,6 +98,7 @@ struct Inner {
     entries: Mutex<HashMap<Key, Arc<Entry>>>,
     ledger: Ledger,
     counters: Counters,
+    ahead: Arc<Ahead>,
     /// Units for which there was no room.
     loose: Mutex<Loose>,
     /// The latest time at which something was used, see [`Inner::now`].
@@ -155,6 +159,7 @@ impl Cache {
             entries: Mutex::default(),
             ledger,
             counters: Counters::default(),
+            ahead: Arc::default(),
             loose: Mutex::default(),
             clock: AtomicU64::new(0),
             leaving: AtomicU64::new(0),
@@ -220,14 +225,23 @@ impl Cache {
         }
     }
 
+    /// A part of an object that is fetched as a whole.
+    ///
+    /// # Errors
+    /// As [`Cache::read`].
+    pub fn part(&self, object: &Object, offset: u64, size: u64) -> Result<Vec<u8>> {
+        let end = offset.saturating_add(size).min(object.size);
+        let entry = self.inner.entry(object)?;
+        entry.prepare(&self.inner, object, || Ok(Units::Whole))?;
+        entry.read(&self.inner, offset.min(end), end)
+    }
+
     /// The bytes of a document.
     ///
     /// # Errors
     /// As [`Cache::read`].
     pub fn document(&self, object: &Object) -> Result<Vec<u8>> {
-        let entry = self.inner.entry(object)?;
-        entry.prepare(&self.inner, object, || Ok(Units::Whole))?;
-        entry.read(&self.inner, 0, object.size)
+        self.part(object, 0, object.size)
     }
 
     /// The file of `object`, if all of it is here and was compared; and what keeps it here in any case.
@@ -236,18 +250,47 @@ impl Cache {
         Ok((entry.whole_file(&self.inner, object), Held::new(entry)))
     }
 
-    /// Asks for chunks `first..end` of `object` where they are not here yet, without waiting for them. False when there
-    /// is no room, so that asking ahead is of no use.
+    /// Asks for chunks `first..end` of `object` where they are not here yet, without waiting for them; but where this
+    /// thread may wait, only as soon as fewer than `most` requests are under way ahead of readers. False when there is no
+    /// room, so that asking ahead is of no use.
+    ///
+    /// # Errors
+    /// Those of `chunks`.
     pub fn ask_ahead(
         &self,
         object: &Object,
         chunks: impl FnOnce() -> Result<Chunks>,
         first: u64,
         end: u64,
+        most: usize,
     ) -> Result<bool> {
         let entry = self.inner.entry(object)?;
         entry.prepare(&self.inner, object, || Ok(Units::Chunks(chunks()?)))?;
-        Ok(entry.ask_ahead(&self.inner, first, end))
+        let mut at = first;
+        while at < end {
+            if patience::may_wait() {
+                self.inner.ahead.wait_for_less_than(most);
+            }
+            let next = (at + fetch::AT_ONCE as u64).min(end);
+            if !entry.ask_ahead(&self.inner, at, next) {
+                return Ok(false);
+            }
+            at = next;
+        }
+        Ok(true)
+    }
+
+    /// Waits until chunks `first..end` of `object`, which were asked for, are here.
+    ///
+    /// # Errors
+    /// As [`Cache::read`].
+    pub fn wait_for(&self, object: &Object, first: u64, end: u64) -> Result<()> {
+        let entry = self.inner.entry(object)?;
+        for at in first..end.min(object.chunks()) {
+            let start = at * CHUNK_SIZE;
+            entry.bring(&self.inner, start, start + object.chunk_size(at))?;
+        }
+        Ok(())
     }
 
     /// What the cache has done and holds.

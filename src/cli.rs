@@ -16,6 +16,7 @@ mod interrupt;
 mod list;
 mod mount;
 mod output;
+mod profile;
 mod progress;
 mod python;
 mod remove;
@@ -26,6 +27,7 @@ mod show;
 mod spec;
 mod stats;
 mod versions;
+mod warm;
 
 use std::process::ExitCode;
 
@@ -91,6 +93,8 @@ enum Verb {
     Remove(remove::Remove),
     #[command(subcommand)]
     Python(python::Python),
+    Warm(warm::Warm),
+    Profile(profile::Profile),
     Stats(stats::Stats),
     Fsck(fsck::Fsck),
     Doctor(doctor::Doctor),
@@ -203,6 +207,8 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
         Verb::Rollback(verb) => verb.run(&context),
         Verb::Remove(verb) => verb.run(&context),
         Verb::Python(verb) => verb.run(&context),
+        Verb::Warm(verb) => verb.run(&context),
+        Verb::Profile(verb) => verb.run(&context),
         Verb::Stats(verb) => verb.run(&context),
         Verb::Fsck(verb) => verb.run(&context),
         Verb::Doctor(verb) => verb.run(&context),

@@ -18,6 +18,7 @@ mod replies;
 mod stats;
 mod table;
 mod trial;
+mod warm;
 
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
@@ -32,7 +33,8 @@ pub use attach::{fusermount, preflight, umount};
 pub use passthrough::{NoPassthrough, is_local, obstacle};
 pub use stats::{Memory, Opens, PassthroughUse, Stats, stats};
 pub use table::{MountInfo, find, mounts};
-pub use trial::{clear_dead_trials, end_trials, trial};
+pub use trial::{clear_dead_trials, end_trials, profile, trial};
+pub use warm::{Warmed, warm};
 
 use crate::cache::{self, Cache};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -102,6 +104,7 @@ pub struct Mounted {
     at: Mountpoint,
     session: Arc<Served>,
     refresher: Arc<Refresher>,
+    tree: Arc<Tree>,
     /// Where the cache is, if it is to go with the mount.
     _temporary: Option<TempDir>,
 }
@@ -118,10 +121,10 @@ struct Served {
 /// # Errors
 /// See the messages: FUSE is missing, the mount point is in use, stale, not empty, or not permitted.
 pub fn mount(store: Store, index: Arc<Index>, options: &Options) -> Result<Mounted> {
-    serve(Tree::new(store, index), options, table::SOURCE)
+    serve(Tree::new(store, index), options, table::SOURCE, true)
 }
 
-fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
+fn serve(tree: Tree, options: &Options, source: &str, records: bool) -> Result<Mounted> {
     let dir = attach::preflight(&options.mount_point)?;
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     if real(&dir).starts_with(real(tree.store().root())) {
@@ -135,6 +138,8 @@ fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
         true => with_cache(tree, options)?,
         false => (tree, None),
     };
+    // What is read in place is not seen.
+    let tree = if records && tree.cache().is_some() { tree.recording() } else { tree };
     // Files of the store, or of the cache.
     let files = tree.cache().map_or_else(|| tree.store().root().to_path_buf(), |cache| cache.dir().to_path_buf());
     let tree = Arc::new(if options.imports { tree } else { tree.without_imports() });
@@ -176,7 +181,13 @@ fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
         let session = Session::from_fd(adapter, device, acl, config).at("serving", &dir)?;
         let notifier = session.notifier();
         let served = Arc::new(Served::default());
-        let mounted = Mounted { at, session: served.clone(), refresher: refresher.clone(), _temporary: temporary };
+        let mounted = Mounted {
+            at,
+            session: served.clone(),
+            refresher: refresher.clone(),
+            tree: tree.clone(),
+            _temporary: temporary,
+        };
         let run = move || {
             served.finish(match session.run() {
                 // A request (the release of the last file, say) was just being read when the unmounting ended the
@@ -186,6 +197,11 @@ fn serve(tree: Tree, options: &Options, source: &str) -> Result<Mounted> {
             })
         };
         std::thread::Builder::new().name("session".into()).spawn(run).at("serving", &dir)?;
+        if tree.cache().is_some() {
+            let tree = tree.clone();
+            let ahead = move || tree.run_ahead();
+            std::thread::Builder::new().name("ahead".into()).spawn(ahead).at("serving", &dir)?;
+        }
         refresh::spawn(refresher, tree, notifier).at("serving", &dir)?;
         Ok(mounted)
     })();
@@ -310,6 +326,11 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         self.refresher.end();
+        self.tree.end();
+        self.tree.publish_profiles(true);
+        if let Some(cache) = self.tree.cache() {
+            cache.settle();
+        }
         // Once it was unmounted, what is mounted there now is another's, even if it got our device number.
         if !self.session.was_unmounted()
             && let Err(errno) = self.detach(true)

@@ -35,6 +35,7 @@ pub mod mountinfo;
 mod names;
 mod reading;
 mod slots;
+mod starts;
 mod version;
 
 use std::collections::HashSet;
@@ -57,6 +58,8 @@ use lru::Lru;
 use merge::{Child, Content, MergedDir};
 use names::{Age, Names};
 use slots::Slots;
+use starts::Starts;
+pub use starts::Warming;
 use version::{Layers, VersionView, damaged, gone};
 
 /// Open catalogs: each costs about 150 KB and a descriptor.
@@ -194,6 +197,11 @@ pub struct Tree {
     offer_imports: bool,
     objects: Objects,
     cache: Option<Arc<Cache>>,
+    /// Packs of which the part that programs need was asked for.
+    begun: Lru<crate::store::Object, ()>,
+    starts: Starts,
+    /// Note what starts read, for the profiles of versions.
+    records: bool,
     told: Mutex<HashSet<String>>,
 }
 
@@ -237,6 +245,9 @@ impl Tree {
             offer_imports: true,
             objects: Objects::new(),
             cache: None,
+            begun: Lru::new(LOCATIONS_MAX / 16),
+            starts: Starts::default(),
+            records: false,
             told: Mutex::default(),
         }
     }
@@ -244,6 +255,11 @@ impl Tree {
     /// The same with what this node keeps of the store.
     pub fn cached(self, cache: Arc<Cache>) -> Tree {
         Tree { cache: Some(cache), ..self }
+    }
+
+    /// The same, adding to the profiles of versions what their starts read.
+    pub fn recording(self) -> Tree {
+        Tree { records: true, ..self }
     }
 
     /// The same without what accelerates imports.

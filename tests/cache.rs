@@ -237,7 +237,7 @@ proptest! {
                 },
                 Step::Ahead { object, first, count } => {
                     let (object, bytes) = &world.objects[*object];
-                    open.ask_ahead(object, || Ok(Chunks::of(bytes)), *first, first + count).unwrap();
+                    open.ask_ahead(object, || Ok(Chunks::of(bytes)), *first, first + count, 4).unwrap();
                 }
                 Step::Hold(n) => {
                     let (file, hold) = open.hold(&world.objects[*n].0).unwrap();
@@ -428,7 +428,7 @@ fn one_wrong_chunk_of_the_store_harms_no_other_and_is_well_when_it_is_repaired()
         let magic = if codec == Codec::Raw { 0 } else { 16 };
         flip(&world.stored(0), (magic + 5 * CHUNK_SIZE + 1234) * 8);
         let (object, bytes) = &world.objects[0];
-        cache.ask_ahead(object, || Ok(Chunks::of(bytes)), 0, 20).unwrap();
+        cache.ask_ahead(object, || Ok(Chunks::of(bytes)), 0, 20, 4).unwrap();
         for at in (0..20).filter(|at| *at != 5) {
             world.read(&cache, 0, at * CHUNK_SIZE, CHUNK_SIZE);
         }

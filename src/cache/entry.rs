@@ -167,7 +167,8 @@ impl Entry {
     pub(super) fn bring(self: &Arc<Self>, inner: &Arc<Inner>, offset: u64, end: u64) -> Result<Vec<InMemory>> {
         let mut state = lock(&self.state);
         let known = state.known.clone().ok_or_else(unknown)?;
-        let wanted = known.at(offset)..known.at(end.saturating_sub(1)) + 1;
+        let last = known.at(end.saturating_sub(1));
+        let wanted = known.at(offset).min(last)..last + 1;
         if wanted.end > state.units.len() {
             return Err(unknown());
         }
@@ -277,7 +278,9 @@ impl Entry {
             // Whatever becomes of the question, also if it is never asked.
             let mut landing = Landing { entry: self.clone(), units: run.clone() };
             let (inner, known) = (inner.clone(), known.clone());
+            let under_way = ahead.then(|| inner.ahead.begin());
             let asked = patience::BYTES.ask(move || {
+                let _under_way = under_way;
                 // It may have queued for long.
                 lock(&landing.entry.state).note_moved(landing.units.start);
                 inner.source.fetch(&known, landing.units.clone(), &inner.counters, |arrived| match arrived {

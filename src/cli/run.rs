@@ -89,7 +89,7 @@ fn start_up_file(context: &Context) -> Result<PathBuf> {
 }
 
 /// `command` with the environment's programs first on PATH, as `activate` would have it.
-fn inside(venv: &Path, mut command: Command) -> Result<Command> {
+pub(super) fn inside(venv: &Path, mut command: Command) -> Result<Command> {
     let mut path = vec![venv.join("bin")];
     if let Some(old) = std::env::var_os("PATH") {
         path.extend(std::env::split_paths(&old));
@@ -116,7 +116,7 @@ fn same_version(venv: &Path, version: &Version) -> Result<()> {
 }
 
 /// The `.venv` of the version that is meant, by its pinned path, in a mount of this store.
-fn pinned_venv(context: &Context, environment: &EnvSpec) -> Result<PathBuf> {
+pub(super) fn pinned_venv(context: &Context, environment: &EnvSpec) -> Result<PathBuf> {
     let store = context.store()?;
     let version = environment.resolve(&store)?;
     let name = &version.environment;

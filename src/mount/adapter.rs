@@ -22,6 +22,7 @@ use super::passthrough::{Mode, Passthrough};
 use super::refresh::Refresher;
 use super::replies::{NAME_MAX, Part, Shown, Space, errno_of, ino, is_inside_version, reply_xattr, ttl};
 use super::stats::{self, Counters, How, Op};
+use super::warm;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::patience::{self, Flights, Pool};
 use crate::view::{Opened, Reader, Tree};
@@ -350,6 +351,17 @@ impl Filesystem for Adapter {
             return reply_xattr(&self.counters.tell(&self.tree, &self.passthrough, self.threads), size, reply);
         }
         let name = name.to_os_string();
+        if name.as_bytes().starts_with(b"user.envfabric.warm") {
+            return self.answer(
+                reply,
+                move |serving, _| warm::answer(&serving.tree, ino(number), name.as_bytes()).transpose(),
+                move |_, reply, told| match told {
+                    Ok(Some(told)) => reply_xattr(&told, size, reply),
+                    Ok(None) => reply.error(Errno::ENODATA),
+                    Err(errno) => reply.error(errno),
+                },
+            );
+        }
         self.answer(
             reply,
             move |serving, _| serving.tree.xattrs(ino(number)),

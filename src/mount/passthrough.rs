@@ -87,7 +87,7 @@ fn is_lasting(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|errno| lasting.contains(&errno))
 }
 
-/// What is open of one file, and what keeps it in the cache.
+/// What is open of an inode, and what keeps its bytes in the cache meanwhile.
 type Open = (Handles<Arc<BackingId>>, Option<Held>);
 
 /// What is open of files that could be opened with passthrough.

@@ -15,7 +15,7 @@ use nix::sys::statfs::statfs;
 use super::{Mounted, Options, attach, serve, table};
 use crate::environment::Version;
 use crate::error::{IoContext, Result};
-use crate::store::{Index, Store};
+use crate::store::{Index, Profile, Store};
 use crate::view::Tree;
 
 /// How the temporary directories are called.
@@ -45,14 +45,37 @@ impl Drop for Running {
 /// Mounts nothing but `draft` in a temporary directory, gives `f` the path of the version's directory
 /// (`<dir>/<workflow>/<node>/.versions/<n>`), and unmounts, whatever `f` does.
 pub fn trial<T>(store: &Store, index: Arc<Index>, draft: &Version, f: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let tree = Tree::of_draft(store.clone(), index, draft.clone());
+    show(tree, draft, |options| options, |_, dir| f(dir))
+}
+
+/// Mounts nothing but `version`, gives `f` the path of its directory, and unmounts; tells what of the version was read
+/// meanwhile. What any other mount has in memory plays no part.
+pub fn profile<T>(
+    store: &Store,
+    index: Arc<Index>,
+    version: &Version,
+    f: impl FnOnce(&Path) -> Result<T>,
+) -> Result<(T, Option<Profile>)> {
+    let tree = Tree::of_draft(store.clone(), index, version.clone()).recording();
+    // What the kernel reads in place is not seen.
+    let options = |options| Options { passthrough: false, ..options };
+    show(tree, version, options, |tree, dir| f(dir).map(|done| (done, tree.take_profile())))
+}
+
+fn show<T>(
+    tree: Tree,
+    draft: &Version,
+    options: impl FnOnce(Options) -> Options,
+    f: impl FnOnce(&Tree, &Path) -> Result<T>,
+) -> Result<T> {
     clear_dead_trials();
     let dir = tempfile::Builder::new().prefix(PREFIX).tempdir().at("creating", std::env::temp_dir())?;
     let name = &draft.environment;
-    let tree = Tree::of_draft(store.clone(), index, draft.clone());
     let _running = Running::at(dir.path().canonicalize().at("finding", dir.path())?);
-    let mounted: Mounted = serve(tree, &Options::at(dir.path()), table::TRIAL_SOURCE)?;
+    let mounted: Mounted = serve(tree, &options(Options::at(dir.path())), table::TRIAL_SOURCE, false)?;
     let path = mounted.mount_point().join(name.workflow()).join(name.node()).join(".versions");
-    let result = f(&path.join(draft.number.to_string()));
+    let result = f(&mounted.tree, &path.join(draft.number.to_string()));
     // Something that `f` started may still be there: then it is taken away lazily, by the drop.
     if let Err(error) = mounted.unmount() {
         tracing::debug!(error = error.chain(), "a trial mount was still in use");

@@ -60,7 +60,7 @@ impl Claimed {
 }
 
 impl Store {
-    fn env_dir(&self, name: &EnvName) -> PathBuf {
+    pub(super) fn env_dir(&self, name: &EnvName) -> PathBuf {
         self.root.join("envs").join(name.workflow()).join(name.node())
     }
 

@@ -89,6 +89,12 @@ pub struct LayerDoc {
     /// Length of the pack, in bytes; 0 where there is none.
     #[serde(default)]
     pub pack_size: u64,
+    /// How much of its beginning programs are likely to need, in bytes.
+    #[serde(default)]
+    pub pack_hot: u64,
+    /// Where its catalog is together with others; told by summaries only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bundle: Option<Bundle>,
     /// The blobs of the large files, sorted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub blobs: Vec<Digest>,
@@ -130,11 +136,31 @@ impl LayerDoc {
             catalog_size: 0,
             pack: None,
             pack_size: 0,
+            pack_hot: 0,
+            bundle: None,
             blobs: vec![],
             claims: vec![],
             spine: vec![],
             texts: vec![],
         }
+    }
+}
+
+/// A part of an object that has the catalogs of many layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bundle {
+    /// The object.
+    pub digest: Digest,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Where in it this layer's catalog begins.
+    pub at: u64,
+}
+
+impl Bundle {
+    /// All of it.
+    pub fn object(&self) -> Object {
+        Object { room: Room::Catalogs, digest: self.digest, size: self.size }
     }
 }
 

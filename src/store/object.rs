@@ -18,6 +18,8 @@ use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::chunks::{CHUNK_SIZE, Chunks};
 use super::publish::{self, Temporary, Trust};
 use super::{Codec, Store};
@@ -33,7 +35,8 @@ const END: u64 = 8 + 32;
 const SMALL: u64 = 1 << 20;
 
 /// Where in the store objects of one sort are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Room {
     /// Large files, and documents that are shown.
     Blobs,

@@ -1,15 +1,17 @@
-//! Summaries: the documents of many layers in one blob.
+//! Summaries: the documents of many layers in one blob, and their catalogs in one object.
 //!
-//! A node that sees an environment for the first time needs the documents of all of its layers. A version names the
-//! summaries that have them: whoever publishes a version writes one for those of its layers that are in no summary that
-//! it knows, so most versions name one to three, and a version of known layers writes none.
+//! A node that sees an environment for the first time needs the documents of all of its layers, and the catalogs of those
+//! that are used. A version names the summaries that have them: whoever publishes a version writes one for those of its
+//! layers that are in no summary that it knows, so most versions name one to three, and a version of known layers writes
+//! none.
 
+use std::collections::{BTreeSet, HashSet};
 use std::io::Read;
 use std::sync::Arc;
 
-use super::object::{Object, Room};
+use super::object::{Object, ObjectFile, Room};
 use super::publish::Trust;
-use super::{Index, LayerDoc, Store};
+use super::{Bundle, Index, LayerDoc, Store};
 use crate::environment::{Digest, Summary};
 use crate::error::{Error, Kind, Result};
 
@@ -20,29 +22,52 @@ impl Store {
     /// Makes sure that the documents of all `layers` are in summaries, and returns these, sorted.
     pub fn ensure_summaries(&self, index: &Index, layers: &[Digest]) -> Result<Vec<Summary>> {
         let mut known = index.summaries(layers)?;
-        for summary in known.iter().map(|(_, summary)| *summary).collect::<std::collections::BTreeSet<_>>() {
+        for summary in known.iter().map(|(_, summary)| *summary).collect::<BTreeSet<_>>() {
             let object = Object { room: Room::Blobs, digest: summary.blob, size: summary.size };
             if !self.has_object(&object, Trust::Length) {
                 known.retain(|(_, other)| *other != summary);
             }
         }
-        let have: std::collections::HashSet<Digest> = known.iter().map(|(layer, _)| *layer).collect();
+        let have: HashSet<Digest> = known.iter().map(|(layer, _)| *layer).collect();
         let missing: Vec<Digest> = layers.iter().filter(|layer| !have.contains(layer)).copied().collect();
         if !missing.is_empty() {
-            let docs = index.layers(self, &missing)?;
+            let docs = self.bundle(&index.layers(self, &missing)?)?;
             let bytes = pack(&docs)?;
             let summary = Summary { blob: self.ensure_blob(&bytes)?, size: bytes.len() as u64 };
-            index.set_summary(&missing, &summary)?;
+            index.learn(&summary, docs)?;
             known.extend(missing.into_iter().map(|layer| (layer, summary)));
         }
-        let mut summaries: Vec<Summary> = known.into_iter().map(|(_, summary)| summary).collect();
-        summaries.sort();
-        summaries.dedup();
-        Ok(summaries)
+        let summaries: BTreeSet<Summary> = known.into_iter().map(|(_, summary)| summary).collect();
+        Ok(summaries.into_iter().collect())
+    }
+
+    /// Puts the catalogs of `docs` one after the other into one object; returns the documents, which say where.
+    fn bundle(&self, docs: &[Arc<LayerDoc>]) -> Result<Vec<LayerDoc>> {
+        let mut all = Vec::new();
+        let mut starts = Vec::with_capacity(docs.len());
+        for doc in docs {
+            starts.push(all.len() as u64);
+            let bytes = ObjectFile::open(self, &doc.catalog_object())?.read()?;
+            if Digest::of(&bytes) != doc.catalog {
+                return Err(Error::new(
+                    Kind::Corrupt,
+                    format!("the catalog of layer {} is damaged", doc.digest.short()),
+                )
+                .hint("run `envfabric fsck`"));
+            }
+            all.extend(bytes);
+        }
+        let (digest, size) = (Digest::of(&all), all.len() as u64);
+        self.ensure_bytes(Room::Catalogs, &all, &digest, Trust::Length)?;
+        let bundled = |(doc, at): (&Arc<LayerDoc>, u64)| {
+            let bundle = Some(Bundle { digest, size, at });
+            LayerDoc { bundle, ..LayerDoc::clone(doc) }
+        };
+        Ok(docs.iter().zip(starts).map(bundled).collect())
     }
 }
 
-fn pack(docs: &[Arc<LayerDoc>]) -> Result<Vec<u8>> {
+fn pack(docs: &[LayerDoc]) -> Result<Vec<u8>> {
     let failed = |what: String| Error::new(Kind::Failed, format!("a summary cannot be written: {what}"));
     let text = serde_json::to_vec(docs).map_err(|error| failed(error.to_string()))?;
     zstd::bulk::compress(&text, 9).map_err(|error| failed(error.to_string()))

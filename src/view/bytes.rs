@@ -14,7 +14,7 @@ use super::lru::Lru;
 use crate::cache::{Cache, Held};
 use crate::environment::{Digest, Document};
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::store::{Object, Room, Store};
+use crate::store::{CHUNK_SIZE, Object, Room, Store};
 
 /// Packs and blobs kept open. With the catalogs this stays below the usual limit of 1024 descriptors.
 const OPEN_MAX: usize = 256;
@@ -56,6 +56,7 @@ impl Tree {
         if size == 0 {
             return Ok(Vec::new());
         }
+        self.touched(at, offset, size);
         match (&self.cache, &at.layer) {
             (None, _) => self.objects.read(&self.store, &at.object, position, size),
             (Some(cache), None) => {
@@ -64,6 +65,11 @@ impl Tree {
             }
             (Some(cache), Some(layer)) => {
                 let chunks = || self.with_catalog(layer, |catalog| catalog.chunks(&at.object.digest, at.object.size));
+                if at.object.room == Room::Packs && self.begun.get(&at.object).is_none() {
+                    let hot = self.layer_doc(layer)?.pack_hot.div_ceil(CHUNK_SIZE);
+                    cache.ask_ahead(&at.object, chunks, 0, hot, usize::MAX)?;
+                    self.begun.put(at.object, ());
+                }
                 cache.read(&at.object, chunks, position, size)
             }
         }

@@ -349,6 +349,13 @@ impl Tree {
     fn open_catalog(&self, doc: &LayerDoc) -> Result<Catalog> {
         let Some(cache) = &self.cache else { return self.store.catalog_of(doc) };
         let object = doc.catalog_object();
+        if let Some(bundle) = &doc.bundle {
+            let bytes = cache.part(&bundle.object(), bundle.at, object.size)?;
+            if Digest::of(&bytes) == doc.catalog {
+                return Catalog::of_bytes(bytes, &self.store.object_path(&object), &doc.digest);
+            }
+            tracing::warn!(layer = doc.digest.short(), "a bundle of catalogs has another catalog than it should");
+        }
         match cache.whole(&object)? {
             Whole::File(path, _held) => Catalog::open(&path, &doc.digest),
             Whole::Bytes(bytes) => Catalog::of_bytes(bytes, &self.store.object_path(&object), &doc.digest),

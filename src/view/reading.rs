@@ -12,6 +12,9 @@ impl Tree {
                 _ => Err(not_a_link()),
             },
             Object::Special { version, special } => {
+                if matches!(special, Special::Python | Special::Python3 | Special::PythonMinor) {
+                    self.started(version);
+                }
                 let target = self.version(version)?.link_target(special);
                 target.map(String::into_bytes).ok_or_else(not_a_link)
             }
@@ -31,6 +34,7 @@ impl Tree {
                 if at.size < at.object.size {
                     return Ok(Opened::Lasting);
                 }
+                self.opened(&at);
                 let (file, held) = self.whole_file(&at.object)?;
                 Ok(Opened::Whole { file, size: at.size, held })
             }
@@ -48,6 +52,7 @@ impl Tree {
             // Whoever reads a file to its end asks once more behind it.
             Object::Special { special: Special::Config, .. } if offset >= CONFIG_SIZE as u64 => Ok(Vec::new()),
             Object::Special { version, special: Special::Config } => {
+                self.started(version);
                 Ok(cut(&self.config(&*self.version(version)?, reader), offset, size))
             }
             Object::Special { version, special: Special::Metadata } => {

@@ -1,0 +1,171 @@
+//! Profiles: what of a version its programs touched when they started.
+//!
+//! `envs/<workflow>/<node>/profiles/<n>/<seq>.json`, claimed by linking as pointers are; the highest sequence number has
+//! the union of all before it. Nothing needs them: a profile that is lost or wrong makes a first start slower, or brings
+//! bytes that are not used.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::object::{Object, Room};
+use super::{Store, list_names, publish, read_json, to_json};
+use crate::environment::{Digest, EnvName};
+use crate::error::{Error, Kind, Result};
+
+/// Starts after which a profile is taken for complete.
+pub const STARTS_ENOUGH: u32 = 3;
+/// Chunks that are not touched are brought along where they lie between touched ones, up to so many: a request less.
+const GAP: u64 = 2;
+
+/// What programs of a version touched when they started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Profile {
+    /// Format of this document, 1.
+    pub format: u32,
+    /// How many starts are in it.
+    pub starts: u32,
+    /// Objects in the order in which they were touched first.
+    pub objects: Vec<Touched>,
+}
+
+/// What was touched of an object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Touched {
+    /// Where it is.
+    pub room: Room,
+    /// Its digest.
+    pub digest: Digest,
+    /// Its length in bytes.
+    pub size: u64,
+    /// The layer whose catalog knows its chunks.
+    pub layer: Digest,
+    /// Runs of chunks, ascending: the first, and the one behind the last.
+    pub runs: Vec<(u64, u64)>,
+}
+
+impl Touched {
+    /// The object.
+    pub fn object(&self) -> Object {
+        Object { room: self.room, digest: self.digest, size: self.size }
+    }
+
+    /// Bytes of all its runs.
+    pub fn bytes(&self) -> u64 {
+        let object = self.object();
+        self.runs.iter().flat_map(|(first, end)| *first..*end).map(|at| object.chunk_size(at)).sum()
+    }
+}
+
+impl Profile {
+    /// Of one start.
+    pub fn of_start(objects: Vec<Touched>) -> Profile {
+        let mut profile = Profile { format: 1, starts: 1, objects };
+        profile.objects.iter_mut().for_each(|touched| touched.runs = joined(std::mem::take(&mut touched.runs)));
+        profile
+    }
+
+    /// Bytes of everything in it.
+    pub fn bytes(&self) -> u64 {
+        self.objects.iter().map(Touched::bytes).sum()
+    }
+
+    /// True when there is nothing to learn from more starts.
+    pub fn is_enough(&self) -> bool {
+        self.starts >= STARTS_ENOUGH
+    }
+
+    /// The union with `other`; objects that are new come last.
+    pub fn merged(mut self, other: Profile) -> Profile {
+        let mut places: HashMap<Object, usize> =
+            self.objects.iter().enumerate().map(|(at, touched)| (touched.object(), at)).collect();
+        for touched in other.objects {
+            match places.get(&touched.object()) {
+                Some(at) => {
+                    let known = &mut self.objects[*at].runs;
+                    known.extend(touched.runs);
+                    *known = joined(std::mem::take(known));
+                }
+                None => {
+                    places.insert(touched.object(), self.objects.len());
+                    self.objects.push(touched);
+                }
+            }
+        }
+        Profile { format: 1, starts: self.starts.saturating_add(other.starts), objects: self.objects }
+    }
+}
+
+/// Runs in order, those that touch or nearly do made one.
+fn joined(mut runs: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    runs.retain(|(first, end)| first < end);
+    runs.sort_unstable();
+    let mut joined: Vec<(u64, u64)> = Vec::with_capacity(runs.len());
+    for (first, end) in runs {
+        match joined.last_mut() {
+            Some((_, last)) if first <= last.saturating_add(GAP) => *last = end.max(*last),
+            _ => joined.push((first, end)),
+        }
+    }
+    joined
+}
+
+impl Store {
+    fn profiles_dir(&self, name: &EnvName, number: u64) -> PathBuf {
+        self.env_dir(name).join("profiles").join(number.to_string())
+    }
+
+    /// What is known of the starts of a version, with its sequence number.
+    pub fn profile(&self, name: &EnvName, number: u64) -> Result<Option<(u64, Profile)>> {
+        let dir = self.profiles_dir(name, number);
+        let numbers = list_names(&dir)?;
+        let numbers = numbers.iter().filter_map(|name| name.strip_suffix(".json")?.parse::<u64>().ok());
+        let Some(sequence) = numbers.max() else { return Ok(None) };
+        let profile: Profile = read_json(&dir.join(format!("{sequence}.json")))?;
+        if profile.format != 1 {
+            return Err(Error::new(Kind::Unsupported, format!("the profile of {name}@{number} is of a newer format"))
+                .hint("upgrade envfabric on this machine"));
+        }
+        Ok(Some((sequence, profile)))
+    }
+
+    /// Adds `start` to what is known of the starts of a version.
+    pub fn add_profile(&self, name: &EnvName, number: u64, start: &Profile) -> Result<Profile> {
+        self.require_writable()?;
+        self.version(name, number)?;
+        loop {
+            let (sequence, known) = self.profile(name, number)?.unwrap_or_default();
+            let profile = known.merged(start.clone());
+            let path = self.profiles_dir(name, number).join(format!("{}.json", sequence + 1));
+            if publish::bytes(&self.root, &path, &to_json(&profile)?)? {
+                return Ok(profile);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn touched(name: &[u8], runs: &[(u64, u64)]) -> Touched {
+        let digest = Digest::of(name);
+        Touched { room: Room::Blobs, digest, size: 100 << 20, layer: digest, runs: runs.to_vec() }
+    }
+
+    #[test]
+    fn starts_are_merged_and_what_lies_close_is_brought_in_one_go() {
+        let first = Profile::of_start(vec![touched(b"a", &[(9, 10), (0, 2), (3, 4)]), touched(b"b", &[(5, 6)])]);
+        assert_eq!(first.objects[0].runs, [(0, 4), (9, 10)]);
+        let second = Profile::of_start(vec![touched(b"c", &[(1, 2)]), touched(b"a", &[(4, 8)])]);
+        let both = first.merged(second);
+        assert_eq!((both.starts, both.is_enough()), (2, false));
+        assert_eq!(both.objects[0].runs, [(0, 10)]);
+        assert_eq!(
+            both.objects.iter().map(|t| t.digest).collect::<Vec<_>>(),
+            [b"a", b"b", b"c"].map(|n| Digest::of(n))
+        );
+        assert_eq!(both.objects[1].bytes(), super::super::CHUNK_SIZE);
+    }
+}
