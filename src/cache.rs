@@ -23,20 +23,23 @@ mod ahead;
 mod counters;
 mod entry;
 mod fetch;
+mod file;
 mod keeper;
 mod ledger;
+mod loose;
 mod space;
+mod state;
+mod units;
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::num::NonZeroUsize;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use lru::LruCache;
 use nix::fcntl::{Flock, FlockArg};
 
 pub use counters::{CacheStats, Histogram};
@@ -48,11 +51,13 @@ use crate::patience;
 use crate::store::{CHUNK_SIZE, Chunks, Object, Room, Store};
 use ahead::Ahead;
 use counters::Counters;
-use entry::{Entry, Units};
+use entry::Entry;
 use fetch::Source;
 use keeper::Keeper;
 use ledger::Ledger;
+use loose::Loose;
 use space::Space;
+use units::Units;
 
 /// How a cache is to be kept.
 #[derive(Debug, Clone)]
@@ -63,12 +68,9 @@ pub struct Options {
     pub limit: u64,
     /// So many bytes of the disk stay free.
     pub keep_free: u64,
-    /// How long the store may take for one answer.
+    /// How long the store may take for one answer. Whoever waits for many bytes has it anew with each part that comes.
     pub patience: Duration,
 }
-
-/// Units for which there was no room that stay in memory until those who asked have them: 64 MB of chunks.
-const LOOSE_MAX: NonZeroUsize = NonZeroUsize::MIN.saturating_add(255);
 
 impl Options {
     /// What is usual in `dir`: 20 GiB at most, 1 GiB of the disk stays free, half a minute of patience.
@@ -87,9 +89,6 @@ pub struct Cache {
     keeper: Keeper,
 }
 
-/// Units in memory, by object and number.
-type Loose = LruCache<(Key, usize), Arc<Vec<u8>>>;
-
 #[derive(Debug)]
 struct Inner {
     dir: PathBuf,
@@ -102,8 +101,15 @@ struct Inner {
     ahead: Arc<Ahead>,
     /// Units for which there was no room.
     loose: Mutex<Loose>,
-    /// Held as long as the cache is.
-    _lock: Flock<File>,
+    /// The latest time at which something was used, see [`Inner::now`].
+    clock: AtomicU64,
+    /// Of what is on its way out, the number of the next.
+    leaving: AtomicU64,
+    /// Held by one who looks for what can go, so that not all do at once.
+    evicting: Mutex<()>,
+    /// Held as long as the cache is open. Fetches that hang outlive it: nothing is written then, as the directory may be
+    /// another's.
+    lock: RwLock<Option<Flock<File>>>,
 }
 
 /// All of an object.
@@ -128,7 +134,9 @@ impl Cache {
         let dir = std::path::absolute(&options.dir).at("finding", &options.dir)?;
         fs::create_dir_all(&dir).at("creating", &dir)?;
         let path = dir.join("lock");
-        let file = File::create(&path).at("opening", &path)?;
+        let file =
+            OpenOptions::new().write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW).open(&path);
+        let file = file.at("opening", &path)?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
             nix::Error::EWOULDBLOCK => {
                 Error::new(Kind::Busy, format!("the cache {} is in use by another process", dir.display()))
@@ -146,17 +154,24 @@ impl Cache {
         let ledger = Ledger::open(&dir.join("ledger.sqlite"))?;
         let inner = Inner {
             patience: options.patience,
-            source: Source::new(store),
+            source: Source::new(store, options.patience),
             space: Space::new(&dir, options.limit, options.keep_free),
             entries: Mutex::default(),
             ledger,
             counters: Counters::default(),
             ahead: Arc::default(),
-            loose: Mutex::new(LruCache::new(LOOSE_MAX)),
-            _lock: lock,
+            loose: Mutex::default(),
+            clock: AtomicU64::new(0),
+            leaving: AtomicU64::new(0),
+            evicting: Mutex::default(),
+            lock: RwLock::new(Some(lock)),
             dir,
         };
         inner.find_files()?;
+        // The limit may be lower than it was.
+        if inner.space.lacking(0) > 0 {
+            inner.evict(|| inner.space.lacking(0));
+        }
         let inner = Arc::new(inner);
         let keeper = Keeper::start(&inner)?;
         Ok(Cache { inner, keeper })
@@ -202,9 +217,11 @@ impl Cache {
         let entry = self.inner.entry(object)?;
         entry.prepare(&self.inner, object, || Ok(Units::Whole))?;
         entry.bring(&self.inner, 0, object.size)?;
-        match entry.sealed_file() {
-            Some(_) => Ok(Whole::File(self.inner.path(&entry.key()), Held::new(entry))),
-            None => Ok(Whole::Bytes(entry.read(&self.inner, 0, object.size)?)),
+        let path = self.inner.path(&entry.key());
+        match entry.is_file_at(&path) {
+            true => Ok(Whole::File(path, Held::new(entry))),
+            // There was no room; or somebody has cleared the directory.
+            false => Ok(Whole::Bytes(entry.read(&self.inner, 0, object.size)?)),
         }
     }
 
@@ -230,7 +247,7 @@ impl Cache {
     /// The file of `object`, if all of it is here and was compared; and what keeps it here in any case.
     pub fn hold(&self, object: &Object) -> Result<(Option<Arc<File>>, Held)> {
         let entry = self.inner.entry(object)?;
-        Ok((entry.sealed_file(), Held::new(entry)))
+        Ok((entry.whole_file(&self.inner, object), Held::new(entry)))
     }
 
     /// Asks for chunks `first..end` of `object` where they are not here yet, without waiting for them; but where this
@@ -254,7 +271,7 @@ impl Cache {
             if patience::may_wait() {
                 self.inner.ahead.wait_for_less_than(most);
             }
-            let next = (at + entry::AT_ONCE as u64).min(end);
+            let next = (at + fetch::AT_ONCE as u64).min(end);
             if !entry.ask_ahead(&self.inner, at, next) {
                 return Ok(false);
             }
@@ -296,6 +313,7 @@ impl Drop for Cache {
     fn drop(&mut self) {
         self.keeper.end();
         self.inner.settle();
+        *self.inner.lock.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -305,30 +323,50 @@ impl Inner {
         self.dir.join(key.0.name()).join(&name[..2]).join(name)
     }
 
+    /// Later than all times before, whatever the clock does: milliseconds since 1970, or a little more.
+    fn now(&self) -> u64 {
+        let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let clock = u64::try_from(clock.as_millis()).unwrap_or_default();
+        let later = |last: u64| Some(clock.max(last.saturating_add(1)));
+        self.clock.fetch_update(Ordering::Relaxed, Ordering::Relaxed, later).map_or(clock, |last| clock.max(last + 1))
+    }
+
     /// The entry of `object`, marked as used now.
     fn entry(&self, object: &Object) -> Result<Arc<Entry>> {
         let key = (object.room, object.digest);
         let entry = lock(&self.entries).entry(key).or_insert_with(|| Arc::new(Entry::new(key))).clone();
-        entry.touch();
+        entry.touch(self.now());
         Ok(entry)
+    }
+
+    /// Kept while the directory is written to; none when it is not ours any more.
+    fn while_open(&self) -> Option<RwLockReadGuard<'_, Option<Flock<File>>>> {
+        let lock = self.lock.read().unwrap_or_else(PoisonError::into_inner);
+        lock.is_some().then_some(lock)
     }
 
     /// Takes in what lies in the directory.
     fn find_files(&self) -> Result<()> {
         let used = self.ledger.used()?;
+        // A time from a far future, of a clock that was wrong, must not be the last for ever.
+        self.clock.store(used.values().copied().max().unwrap_or(0).min(u64::MAX / 2), Ordering::Relaxed);
         let mut entries = lock(&self.entries);
         for room in Room::ALL {
             for shard in names(&self.dir.join(room.name()))? {
                 for name in names(&shard)? {
                     let digest = name.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
                     let (Some(digest), Ok(meta)) = (digest, fs::symlink_metadata(&name)) else { continue };
-                    let bytes = std::os::unix::fs::MetadataExt::blocks(&meta) * 512;
-                    self.space.take(bytes);
                     let key = (room, digest);
+                    if !meta.is_file() || self.path(&key) != name {
+                        continue; // not ours
+                    }
+                    let bytes = file::blocks(&meta);
+                    self.space.take(bytes);
                     entries.insert(key, Arc::new(Entry::found(key, bytes, used.get(&key).copied().unwrap_or(0))));
                 }
             }
         }
+        self.ledger.forget(used.into_keys().filter(|key| !entries.contains_key(key)));
         Ok(())
     }
 
@@ -337,47 +375,78 @@ impl Inner {
         if self.space.reserve(bytes) {
             return true;
         }
-        // Some more than needed, so that not every unit has to look for who goes.
-        let wanted = self.space.lacking(bytes).saturating_add((self.space.limit / 64).min(256 << 20));
-        self.evict(wanted);
+        // Some more than needed, so that not every unit has to look for who goes; but not anew for each who waited.
+        self.evict(|| match self.space.lacking(bytes) {
+            0 => 0,
+            lacking => lacking.saturating_add((self.space.limit / 64).min(256 << 20)),
+        });
         self.space.reserve(bytes)
     }
 
-    /// Removes what was used longest ago and is not open, until `wanted` bytes are free.
-    fn evict(&self, wanted: u64) {
+    /// Removes what was used longest ago and is not open, until as many bytes are free as `wanted` says when it begins.
+    fn evict(&self, wanted: impl FnOnce() -> u64) {
+        let _one = lock(&self.evicting);
+        let wanted = wanted();
         let mut gone = Vec::new();
-        {
-            let mut entries = lock(&self.entries);
-            // Only the map has it: nobody reads it, and nobody can begin to while the map is locked.
-            let idle = entries.values().filter(|entry| Arc::strong_count(entry) == 1 && entry.bytes() > 0);
-            let mut idle: Vec<_> = idle.map(|entry| (entry.used(), entry.key(), entry.bytes())).collect();
-            idle.sort_unstable();
-            let mut freed = 0;
-            for (_, key, bytes) in idle {
-                if freed >= wanted {
-                    break;
-                }
-                let name = self.dir.join("trash").join(format!("{}-{}", key.0.name(), key.1));
-                match fs::rename(self.path(&key), &name) {
-                    Ok(()) => gone.push(name),
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        let mut entries = lock(&self.entries);
+        // Only the map has it: nobody reads it, and nobody can begin to while the map is locked.
+        let idle = entries.values().filter(|entry| Arc::strong_count(entry) == 1);
+        let mut idle: Vec<_> = idle.map(|entry| (entry.used(), entry.key(), entry.bytes())).collect();
+        idle.sort_unstable();
+        let mut freed = 0;
+        for (_, key, bytes) in idle {
+            if freed >= wanted {
+                break;
+            }
+            if bytes > 0 {
+                match self.leave(&self.path(&key)) {
+                    Ok(name) => gone.extend(name),
                     Err(_) => continue,
                 }
-                entries.remove(&key);
-                self.ledger.forget(key);
-                self.space.give_back(bytes);
                 self.counters.evictions.fetch_add(1, Ordering::Relaxed);
                 self.counters.evicted_bytes.fetch_add(bytes, Ordering::Relaxed);
-                freed += bytes;
+            }
+            entries.remove(&key);
+            self.space.give_back(bytes);
+            freed += bytes;
+            if bytes > 0 {
+                self.ledger.forget(std::iter::once(key));
             }
         }
+        drop(entries);
         for name in gone {
             let _ = fs::remove_file(name);
         }
     }
 
+    /// Takes `path` away under its name, as that is quick; what is to be removed is returned, if there is any.
+    fn leave(&self, path: &Path) -> io::Result<Option<PathBuf>> {
+        let trash = self.dir.join("trash");
+        let name = trash.join(self.leaving.fetch_add(1, Ordering::Relaxed).to_string());
+        match fs::rename(path, &name) {
+            Ok(()) => Ok(Some(name)),
+            // Without a directory for it, it goes at once.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(None),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes whatever is at `path`.
+    fn clear_away(&self, path: &Path) -> Result<()> {
+        if let Some(name) = self.leave(path).at("removing", path)?
+            && fs::remove_file(&name).is_err()
+        {
+            let _ = fs::remove_dir_all(&name);
+        }
+        Ok(())
+    }
+
     /// Seals what is whole and writes down when everything was used last.
     fn settle(&self) {
+        let Some(_open) = self.while_open() else { return };
         // One at a time: what is held here cannot be evicted.
         let keys: Vec<Key> = lock(&self.entries).keys().copied().collect();
         let mut used = Vec::new();

@@ -81,7 +81,7 @@ impl Ledger {
             .with_source(source)
     }
 
-    /// When each file was used last, in seconds since 1970.
+    /// When each file was used last, in milliseconds since 1970.
     pub(super) fn used(&self) -> Result<HashMap<Key, u64>> {
         let db = lock(&self.db);
         let mut select = db.prepare("SELECT room, digest, used FROM file").map_err(|e| self.told(e))?;
@@ -131,12 +131,18 @@ impl Ledger {
         transaction.commit().map_err(|e| self.told(e))
     }
 
-    pub(super) fn forget(&self, key: Key) {
-        let db = lock(&self.db);
+    /// Removes what is known of files that are gone.
+    pub(super) fn forget(&self, keys: impl Iterator<Item = Key>) {
+        let mut db = lock(&self.db);
         // A row without a file says nothing.
-        let _ = db
-            .prepare_cached("DELETE FROM file WHERE room = ?1 AND digest = ?2")
-            .and_then(|mut delete| delete.execute((room_number(key.0), key.1.as_bytes())));
+        let _ = db.transaction().and_then(|transaction| {
+            for key in keys {
+                transaction
+                    .prepare_cached("DELETE FROM file WHERE room = ?1 AND digest = ?2")?
+                    .execute((room_number(key.0), key.1.as_bytes()))?;
+            }
+            transaction.commit()
+        });
     }
 }
 
@@ -156,6 +162,82 @@ fn open(path: &Path) -> Result<Connection, rusqlite::Error> {
         )?;
         db.pragma_update(None, "user_version", FORMAT)?;
     }
-    db.query_row("SELECT count(*) FROM file WHERE room = -1", (), |_| Ok(()))?;
+    // All of it, so that damage shows now.
+    db.query_row("SELECT total(used), total(sealed) FROM file", (), |_| Ok(()))?;
     Ok(db)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: Identity = Identity { inode: 1, size: 2, modified: 3, changed: 4 };
+
+    fn key(n: u8) -> Key {
+        (Room::Blobs, Digest::of(&[n]))
+    }
+
+    #[test]
+    fn what_is_sealed_stays_sealed_until_anything_about_the_file_is_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.sqlite");
+        let ledger = Ledger::open(&path).unwrap();
+        ledger.seal(key(1), &ONE, 7);
+        ledger.note_used([(key(1), 8), (key(2), 9)].into_iter()).unwrap();
+        drop(ledger);
+        let ledger = Ledger::open(&path).unwrap();
+        assert_eq!(ledger.used().unwrap(), HashMap::from([(key(1), 8), (key(2), 9)]));
+        assert!(ledger.is_sealed(key(1), &ONE) && !ledger.is_sealed(key(2), &ONE));
+        assert!(!ledger.is_sealed((Room::Packs, key(1).1), &ONE));
+        let others = [
+            Identity { inode: 2, ..ONE },
+            Identity { size: 3, ..ONE },
+            Identity { modified: 4, ..ONE },
+            Identity { changed: 5, ..ONE },
+        ];
+        assert!(others.iter().all(|other| !ledger.is_sealed(key(1), other)));
+        ledger.forget([key(1)].into_iter());
+        assert!(!ledger.is_sealed(key(1), &ONE));
+    }
+
+    #[test]
+    fn a_damaged_ledger_is_begun_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.sqlite");
+        let fill = || {
+            let ledger = Ledger::open(&path).unwrap();
+            for n in 0..200 {
+                ledger.seal(key(n), &ONE, 1);
+            }
+        };
+        fill();
+        let whole = std::fs::read(&path).unwrap();
+        let damaged: [fn(&mut Vec<u8>); 5] = [
+            |bytes| bytes.fill(0x5A),
+            |bytes| bytes.truncate(1000),
+            |bytes| bytes[4096..].fill(0xA5),
+            |bytes| bytes[100] ^= 1,
+            Vec::clear,
+        ];
+        for (n, damage) in damaged.iter().enumerate() {
+            let mut bytes = whole.clone();
+            damage(&mut bytes);
+            std::fs::write(&path, bytes).unwrap();
+            let ledger = Ledger::open(&path).unwrap();
+            ledger.used().unwrap();
+            ledger.seal(key(201), &ONE, 1);
+            assert!(ledger.is_sealed(key(201), &ONE), "damage {n}");
+            drop(ledger);
+            fill();
+        }
+    }
+
+    #[test]
+    fn a_ledger_of_another_format_is_begun_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.sqlite");
+        Ledger::open(&path).unwrap().seal(key(1), &ONE, 1);
+        Connection::open(&path).unwrap().pragma_update(None, "user_version", FORMAT + 1).unwrap();
+        assert!(Ledger::open(&path).unwrap().used().unwrap().is_empty());
+    }
 }

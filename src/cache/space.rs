@@ -23,7 +23,8 @@ impl Space {
 
     /// Counts `bytes` in, whether there is room or not.
     pub(super) fn take(&self, bytes: u64) {
-        self.used.fetch_add(bytes, Ordering::Relaxed);
+        let more = |used: u64| Some(used.saturating_add(bytes));
+        let _ = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
     }
 
     /// Counts `bytes` in if there is room for them.
@@ -42,15 +43,15 @@ impl Space {
 
     /// How many bytes would have to go so that `bytes` more fit.
     pub(super) fn lacking(&self, bytes: u64) -> u64 {
-        let by_limit = (self.used() + bytes).saturating_sub(self.limit);
+        let by_limit = self.used().saturating_add(bytes).saturating_sub(self.limit);
         by_limit.max(self.lacking_on_disk(bytes))
     }
 
     fn lacking_on_disk(&self, bytes: u64) -> u64 {
         // A disk that does not tell is not held against the cache: writing will fail, and that is provided for.
         let Ok(stat) = nix::sys::statvfs::statvfs(&self.dir) else { return 0 };
-        let free = stat.blocks_available() * stat.fragment_size();
-        (self.keep_free + bytes).saturating_sub(free)
+        let free = stat.blocks_available().saturating_mul(stat.fragment_size());
+        self.keep_free.saturating_add(bytes).saturating_sub(free)
     }
 }
 
@@ -65,7 +66,11 @@ mod tests {
         assert_eq!(space.lacking(30), 30);
         space.give_back(50);
         assert!(space.reserve(50) && !space.reserve(u64::MAX));
-        let full = Space::new(Path::new("/"), 100, u64::MAX / 2);
-        assert!(!full.reserve(1) && full.lacking(1) > 0);
+        for keep_free in [u64::MAX / 2, u64::MAX] {
+            let full = Space::new(Path::new("/"), 100, keep_free);
+            assert!(!full.reserve(1) && full.lacking(1) > 0);
+        }
+        space.take(u64::MAX);
+        assert_eq!((space.used(), space.lacking(u64::MAX)), (u64::MAX, u64::MAX - 100));
     }
 }
