@@ -211,7 +211,7 @@ fn harm(world: &World, n: usize, harm: &Harm) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 60, max_shrink_iters: 8, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_byte_is_the_stores_and_what_is_held_is_what_lies_on_the_disk(
