@@ -280,6 +280,22 @@ proptest! {
 }
 
 #[test]
+fn whatever_lies_in_the_place_of_a_cached_file_is_put_aside() {
+    for what in [Harm::Truncate, Harm::Lengthen, Harm::Remove, Harm::Directory, Harm::Symlink, Harm::Flip(7)] {
+        let world = World::new(&[CHUNK + 1, 300]);
+        let precious = world.dir.path().join("precious");
+        fs::write(&precious, b"precious").unwrap();
+        world.read_all(&world.open());
+        (0..2).for_each(|n| harm(&world, n, &what));
+        let cache = world.open();
+        world.read_all(&cache);
+        assert!((0..2).all(|n| fs::symlink_metadata(world.cached(n)).unwrap().is_file()), "{what:?}");
+        assert_eq!(fs::read(&precious).unwrap(), b"precious", "{what:?}");
+        assert_eq!(cache.stats().held, on_disk(&world.options().dir), "{what:?}");
+    }
+}
+
+#[test]
 fn many_threads_fetch_every_chunk_once() {
     for codec in [Codec::Raw, Codec::Zstd] {
         let world = World::with(codec, &[40 * CHUNK + 5, 3 * CHUNK, 100]);
