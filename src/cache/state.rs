@@ -17,6 +17,8 @@ use crate::error::Kind;
 
 /// Units asked for ahead of a reader that goes on and on.
 const AHEAD_MAX: usize = 32;
+/// Units asked for behind one that was not here: programs map libraries, and touch them in patches.
+const BEHIND: usize = 3;
 
 /// Bytes of a unit that are not in the file.
 pub(super) type InMemory = Option<Arc<Vec<u8>>>;
@@ -153,6 +155,13 @@ impl State {
             }
         }
     }
+
+    /// What to ask for together with `wanted`, which are not all here; nothing of it is waited for.
+    pub(super) fn ask_behind(&mut self, wanted: &Range<usize>) -> Vec<Range<usize>> {
+        let end = (wanted.end + BEHIND.max(self.window)).min(self.units.len());
+        self.ask(wanted.end..end)
+    }
+
     /// What to ask for ahead of a reader that goes through the object and has just read `wanted`.
     pub(super) fn go_on_ahead(&mut self, wanted: &Range<usize>) -> Vec<Range<usize>> {
         if wanted.end == self.next {
