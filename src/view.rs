@@ -287,8 +287,9 @@ impl Tree {
 
     /// Logs a failure the first time it is seen; an absent name is none.
     pub fn tell(&self, error: &Error) {
-        // An outage was told when it began.
-        let told = error.kind() == Kind::TimedOut && self.is_cut_off();
+        // An outage was told when it began; which objects it concerns was not, and they are named by a context.
+        let names_object = std::error::Error::source(error).is_some();
+        let told = error.kind() == Kind::TimedOut && self.is_cut_off() && !names_object;
         if error.is_not_found() || error.kind() == Kind::WouldWait || told {
             return;
         }

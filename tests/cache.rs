@@ -374,6 +374,28 @@ fn a_clock_that_was_wrong_does_not_decide_what_goes() {
 }
 
 #[test]
+fn a_ledger_that_is_lost_or_damaged_costs_comparing_and_nothing_else() {
+    let world = World::new(&[CHUNK * 2 + 5, 100, 5_000]);
+    let total: u64 = world.objects.iter().map(|(object, _)| object.size).sum();
+    world.read_all(&world.open());
+    let ledger = world.options().dir.join("ledger.sqlite");
+    let losses: [fn(&Path); 4] = [
+        |_| (),
+        |ledger| fs::remove_file(ledger).unwrap(),
+        |ledger| fs::write(ledger, b"no database").unwrap(),
+        |ledger| OpenOptions::new().write(true).open(ledger).unwrap().write_all_at(&[0xA5; 4096], 4096).unwrap(),
+    ];
+    for (n, lose) in losses.iter().enumerate() {
+        lose(&ledger);
+        let cache = world.open();
+        world.read_all(&cache);
+        let stats = cache.stats();
+        let compared = if n == 0 { 0 } else { total };
+        assert_eq!((stats.fetches, stats.verified_bytes, stats.corrupt_in_cache), (0, compared, 0), "{n}");
+    }
+}
+
+#[test]
 fn what_is_open_is_never_evicted() {
     let world = World::new(&[CHUNK * 3; 8]);
     let cache = world.limited(CHUNK_SIZE * 7);

@@ -78,6 +78,8 @@ pub(super) struct State {
     /// The unit behind the one that was read last, and how many to ask for ahead.
     next: usize,
     window: usize,
+    /// The unit behind those that were asked for ahead.
+    ahead: usize,
 }
 
 impl State {
@@ -167,9 +169,18 @@ impl State {
         if wanted.end == self.next {
             return Vec::new(); // within the unit that was read last
         }
-        let goes_on = wanted.start == self.next || wanted.start + 1 == self.next;
-        self.window = if goes_on && wanted.start > 0 { (self.window * 2).clamp(2, AHEAD_MAX) } else { 0 };
+        let goes_on = wanted.start > 0 && (wanted.start == self.next || wanted.start + 1 == self.next);
         self.next = wanted.end;
-        self.ask(wanted.end..(wanted.end + self.window).min(self.units.len()))
+        if !goes_on {
+            (self.window, self.ahead) = (0, 0);
+            return Vec::new();
+        }
+        // Many together, when half of what was asked for is used up.
+        if wanted.end + self.window / 2 < self.ahead {
+            return Vec::new();
+        }
+        self.window = (self.window * 2).clamp(2, AHEAD_MAX);
+        self.ahead = (wanted.end + self.window).min(self.units.len());
+        self.ask(wanted.end..self.ahead)
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use envfabric::environment::{Builder, Digest, Document, EnvName, InterpreterRef, Source, VERSION_FORMAT, Version};
-use envfabric::store::{Index, LayerKind, LayerMeta, LayerWriter, Staged, StagedKind, Store, now};
+use envfabric::store::{Codec, Index, LayerKind, LayerMeta, LayerWriter, Staged, StagedKind, Store, now};
 use tempfile::TempDir;
 
 /// Ends a test that cannot run here, and says why.
@@ -83,8 +83,12 @@ impl Default for Fixture {
 
 impl Fixture {
     pub fn new() -> Self {
+        Fixture::with(Codec::Raw)
+    }
+
+    pub fn with(codec: Codec) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::init(&dir.path().join("store")).unwrap();
+        let store = Store::init_with(&dir.path().join("store"), codec).unwrap();
         let index = Arc::new(Index::open(&dir.path().join("index"), &store).unwrap());
         let writer = LayerWriter::new(&store);
         let python = vec![
