@@ -265,7 +265,7 @@ impl Cache {
     /// room, so that asking ahead is of no use.
     ///
     /// # Errors
-    /// Those of `chunks`.
+    /// Those of `chunks`; [`Kind::TimedOut`] when too much stays under way.
     pub fn ask_ahead(
         &self,
         object: &Object,
@@ -278,8 +278,9 @@ impl Cache {
         entry.prepare(&self.inner, object, || Ok(Units::Chunks(chunks()?)))?;
         let (mut at, end) = (first, end.min(object.chunks()));
         while at < end {
-            if patience::may_wait() {
-                self.inner.ahead.wait_for_less_than(most);
+            let patience = self.inner.patience;
+            if patience::may_wait() && !self.inner.ahead.wait_for_less_than(most, patience) {
+                return Err(patience::timed_out(patience));
             }
             let next = (at + fetch::AT_ONCE as u64).min(end);
             if !entry.ask_ahead(&self.inner, at, next) {
