@@ -355,6 +355,8 @@ mod tests {
         let mut second = written(root.path(), b"other").unwrap();
         let there = second.claim(&target, &[lacks, rename_new]).unwrap().expect("the name is taken");
         assert!(!second.is_same_as(there, &target).unwrap());
+        // As when another builder takes the name in between.
+        assert_eq!(rename_new(&second.path, &target).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         drop(second);
         assert_eq!(fs::read(&target).unwrap(), b"first");
         assert_eq!(fs::read_dir(root.path().join("tmp")).unwrap().count(), 0);
