@@ -27,6 +27,7 @@ mod file;
 mod keeper;
 mod ledger;
 mod loose;
+mod scrub;
 mod space;
 mod state;
 mod units;
@@ -70,12 +71,21 @@ pub struct Options {
     pub keep_free: u64,
     /// How long the store may take for one answer. Whoever waits for many bytes has it anew with each part that comes.
     pub patience: Duration,
+    /// So many bytes a second of what is kept are read again and compared; 0 for none.
+    pub scrub: u64,
 }
 
 impl Options {
-    /// What is usual in `dir`: 20 GiB at most, 1 GiB of the disk stays free, half a minute of patience.
+    /// What is usual in `dir`: 20 GiB at most, 1 GiB of the disk stays free, half a minute of patience, 1 MiB a second is
+    /// compared again (20 GiB in six hours).
     pub fn at(dir: impl Into<PathBuf>) -> Options {
-        Options { dir: dir.into(), limit: 20 << 30, keep_free: 1 << 30, patience: Duration::from_secs(30) }
+        Options {
+            dir: dir.into(),
+            limit: 20 << 30,
+            keep_free: 1 << 30,
+            patience: Duration::from_secs(30),
+            scrub: 1 << 20,
+        }
     }
 }
 
@@ -173,7 +183,7 @@ impl Cache {
             inner.evict(|| inner.space.lacking(0));
         }
         let inner = Arc::new(inner);
-        let keeper = Keeper::start(&inner)?;
+        let keeper = Keeper::start(&inner, options.scrub)?;
         Ok(Cache { inner, keeper })
     }
 
@@ -255,7 +265,7 @@ impl Cache {
     /// room, so that asking ahead is of no use.
     ///
     /// # Errors
-    /// Those of `chunks`.
+    /// Those of `chunks`; [`Kind::TimedOut`] when too much stays under way.
     pub fn ask_ahead(
         &self,
         object: &Object,
@@ -266,10 +276,11 @@ impl Cache {
     ) -> Result<bool> {
         let entry = self.inner.entry(object)?;
         entry.prepare(&self.inner, object, || Ok(Units::Chunks(chunks()?)))?;
-        let mut at = first;
+        let (mut at, end) = (first, end.min(object.chunks()));
         while at < end {
-            if patience::may_wait() {
-                self.inner.ahead.wait_for_less_than(most);
+            let patience = self.inner.patience;
+            if patience::may_wait() && !self.inner.ahead.wait_for_less_than(most, patience) {
+                return Err(patience::timed_out(patience));
             }
             let next = (at + fetch::AT_ONCE as u64).min(end);
             if !entry.ask_ahead(&self.inner, at, next) {
@@ -301,6 +312,11 @@ impl Cache {
         (stats.held, stats.limit, stats.keep_free) = (inner.space.used(), inner.space.limit, inner.space.keep_free);
         stats.objects = lock(&inner.entries).len() as u64;
         stats
+    }
+
+    /// Reads everything that is sealed once more and compares it, now. Done slowly by itself, see [`Options::scrub`].
+    pub fn scrub(&self) {
+        scrub::Scrub::default().go_on(&self.inner, u64::MAX);
     }
 
     /// Writes down what is known of the cache's files. Done by itself every few seconds and when the cache is dropped.

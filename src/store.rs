@@ -55,6 +55,7 @@ pub use layer::{Bundle, Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requi
 pub use layer_writer::{LayerWriter, Staged, StagedKind};
 pub use object::{Object, ObjectFile, Room};
 pub use profiles::{Profile, STARTS_ENOUGH, Touched};
+pub use publish::{Named, Tried};
 pub use row::{Node, Place, Row, RowId};
 pub use spine::{SpineDir, SpineText};
 pub use summary::documents;

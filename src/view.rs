@@ -473,8 +473,16 @@ impl Tree {
     }
 
     fn versions_attr(&self, slot: u32, env: &EnvName, age: Age) -> Result<Attr> {
-        let known = self.names.versions(env, age)?;
-        Ok(moving_dir(Ino::encode(Object::Versions { slot })?, known.value.len(), known.mtime))
+        let ino = Ino::encode(Object::Versions { slot })?;
+        let known = match age {
+            Age::Any => self.names.versions_if_read(env)?,
+            age => Some(self.names.versions(env, age)?),
+        };
+        // As for the nodes of a workflow.
+        Ok(match known {
+            Some(known) => moving_dir(ino, known.value.len(), known.mtime),
+            None => Attr { nlink: 1, ..moving_dir(ino, 0, self.names.begun()) },
+        })
     }
 
     fn dir_attr(&self, view: &VersionView, dir: &MergedDir, ino: Ino) -> Result<Attr> {

@@ -1,6 +1,7 @@
 //! How much is under way that nobody waits for yet.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::lock;
 
@@ -21,10 +22,17 @@ impl Ahead {
         UnderWay(self.clone())
     }
 
-    /// Waits until fewer than `most` are under way.
-    pub(super) fn wait_for_less_than(&self, most: usize) {
-        let under_way = lock(&self.under_way);
-        drop(self.ended.wait_while(under_way, |count| *count >= most).unwrap_or_else(PoisonError::into_inner));
+    /// Waits until fewer than `most` are under way; false when none has ended within `patience`.
+    pub(super) fn wait_for_less_than(&self, most: usize, patience: Duration) -> bool {
+        let mut under_way = lock(&self.under_way);
+        while *under_way >= most {
+            let waited = self.ended.wait_timeout(under_way, patience).unwrap_or_else(PoisonError::into_inner);
+            under_way = waited.0;
+            if waited.1.timed_out() && *under_way >= most {
+                return false;
+            }
+        }
+        true
     }
 }
 

@@ -71,6 +71,8 @@ counters! {
     corrupt_in_store,
     /// Chunks that lay here with wrong bytes and were fetched again.
     corrupt_in_cache,
+    /// Bytes that were read again from the cache's disk and compared.
+    scrubbed_bytes,
     /// Readers that were told that the store did not answer in time.
     timeouts,
     /// Chunks asked for before anybody read them.

@@ -180,9 +180,10 @@ impl Entry {
             return Ok(found);
         }
         if !patience::may_wait() {
-            let runs = state.ask(wanted);
+            let (runs, behind) = (state.ask(wanted.clone()), state.ask_behind(&wanted));
             drop(state);
             self.set_off(inner, &known, runs, false);
+            self.set_off(inner, &known, behind, true);
             return Err(patience::would_wait());
         }
         state.expect(wanted.clone());

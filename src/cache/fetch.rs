@@ -1,5 +1,6 @@
 //! Bytes from the store, compared with their digests.
 
+use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,8 +24,9 @@ const PAUSES: [Duration; 3] = [Duration::from_millis(5), Duration::from_millis(1
 /// Wrong bytes are either right when they are read again, or stay wrong: so many pauses are for them.
 const PAUSES_IF_WRONG: usize = 2;
 
-/// Chunks that are asked for in one request at most: 4 MiB.
-pub(super) const AT_ONCE: usize = 16;
+/// Chunks that are asked for in one request at most: 3 MiB, which compressed are about the 1 MiB that a network file
+/// system reads at once.
+pub(super) const AT_ONCE: usize = 12;
 /// A request is for as much as comes in about this part of the time for which somebody waits, so that a slow store is
 /// seen to go on.
 const PART: u32 = 16;
@@ -34,6 +36,7 @@ const PART: u32 = 16;
 pub(super) struct Source {
     store: Store,
     files: Mutex<LruCache<Key, Arc<ObjectFile>>>,
+    opening: Mutex<HashMap<Key, Arc<Mutex<()>>>>,
     /// How long one answer should take.
     answer: Duration,
     /// Nanoseconds that a chunk took lately; the first request is for one.
@@ -54,7 +57,7 @@ impl Source {
     /// For readers who wait as long as `patience`.
     pub(super) fn new(store: Store, patience: Duration) -> Self {
         let files = Mutex::new(LruCache::new(OPEN_MAX));
-        Source { store, files, answer: patience / PART, pace: AtomicU64::new(u64::MAX) }
+        Source { store, files, opening: Mutex::default(), answer: patience / PART, pace: AtomicU64::new(u64::MAX) }
     }
 
     /// Hands `units` of an object to `take`, in order, each as it should be or not at all: one that the store does not
@@ -165,6 +168,18 @@ impl Source {
 
     fn open(&self, object: &Object) -> Result<Arc<ObjectFile>> {
         let key = (object.room, object.digest);
+        // Of several who want it, one opens it.
+        let opening = lock(&self.opening).entry(key).or_default().clone();
+        let _one = lock(&opening);
+        let opened = self.open_alone(key, object);
+        let mut others = lock(&self.opening);
+        if Arc::strong_count(&opening) <= 2 {
+            others.remove(&key);
+        }
+        opened
+    }
+
+    fn open_alone(&self, key: Key, object: &Object) -> Result<Arc<ObjectFile>> {
         // One of another length is of somebody who was wrong about it.
         if let Some(file) = lock(&self.files).get(&key)
             && file.size() == object.size

@@ -85,6 +85,18 @@ impl Entry {
         inner.ledger.is_sealed(self.key, &Identity::of(&meta)).then(|| Arc::new(file))
     }
 
+    /// The file and its length, if it is sealed.
+    pub(super) fn sealed(&self, inner: &Inner) -> Option<(Arc<File>, u64)> {
+        let state = lock(&self.state);
+        if let Some(known) = &state.known {
+            return state.file.clone().filter(|_| state.sealed).map(|file| (file, known.object.size));
+        }
+        let open = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(inner.path(&self.key));
+        let file = open.ok()?;
+        let meta = file.metadata().ok()?;
+        inner.ledger.is_sealed(self.key, &Identity::of(&meta)).then(|| (Arc::new(file), meta.len()))
+    }
+
     /// True when all of it is here and compared, and `path` leads to it.
     pub(super) fn is_file_at(&self, path: &std::path::Path) -> bool {
         let state = lock(&self.state);
@@ -173,7 +185,7 @@ impl Entry {
     /// Gives `file` up, which the disk does not give back.
     pub(super) fn discard(&self, inner: &Inner, file: &Arc<File>, error: &Error) {
         let mut state = lock(&self.state);
-        if !state.file.as_ref().is_some_and(|current| Arc::ptr_eq(current, file)) {
+        if state.file.as_ref().is_some_and(|current| !Arc::ptr_eq(current, file)) {
             return;
         }
         tracing::warn!(error = error.chain(), "a cached file cannot be read and is fetched again");

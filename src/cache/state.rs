@@ -17,6 +17,8 @@ use crate::error::Kind;
 
 /// Units asked for ahead of a reader that goes on and on.
 const AHEAD_MAX: usize = 32;
+/// Units asked for behind one that was not here: programs map libraries, and touch them in patches.
+const BEHIND: usize = 3;
 
 /// Bytes of a unit that are not in the file.
 pub(super) type InMemory = Option<Arc<Vec<u8>>>;
@@ -61,6 +63,17 @@ pub(super) struct Expected {
     pub(super) bytes: InMemory,
 }
 
+/// A reader that goes on.
+#[derive(Debug, Clone, Copy, Default)]
+struct Stream {
+    /// The unit behind the one that was read last.
+    next: usize,
+    /// How many to ask for ahead.
+    window: usize,
+    /// The unit behind those that were asked for.
+    ahead: usize,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) known: Option<Arc<Known>>,
@@ -73,11 +86,9 @@ pub(super) struct State {
     pub(super) failed: HashMap<usize, Failure>,
     flights: Vec<Flight>,
     pub(super) expected: HashMap<usize, Expected>,
-    /// The unit behind the one that was read last, and how many to ask for ahead.
-    next: usize,
-    window: usize,
-    /// The unit behind those that were asked for ahead.
-    ahead: usize,
+    /// Readers that go through the object, the one that went on last first: whoever maps a library goes through its
+    /// relocations and what they change at the same time.
+    streams: [Stream; 4],
 }
 
 impl State {
@@ -155,23 +166,58 @@ impl State {
             }
         }
     }
+
+    /// What to ask for together with `wanted`, which are not all here; nothing of it is waited for.
+    pub(super) fn ask_behind(&mut self, wanted: &Range<usize>) -> Vec<Range<usize>> {
+        let end = (wanted.end + BEHIND).min(self.units.len());
+        self.ask(wanted.end..end)
+    }
+
     /// What to ask for ahead of a reader that goes through the object and has just read `wanted`.
     pub(super) fn go_on_ahead(&mut self, wanted: &Range<usize>) -> Vec<Range<usize>> {
-        if wanted.end == self.next {
+        if self.streams.iter().any(|stream| stream.next == wanted.end) {
             return Vec::new(); // within the unit that was read last
         }
-        let goes_on = wanted.start > 0 && (wanted.start == self.next || wanted.start + 1 == self.next);
-        self.next = wanted.end;
-        if !goes_on {
-            (self.window, self.ahead) = (0, 0);
+        let goes_on = |stream: &Stream| stream.next > 0 && (stream.next - 1..=stream.next).contains(&wanted.start);
+        let Some(at) = self.streams.iter().position(goes_on) else {
+            // A new one, in place of the one that went on longest ago.
+            self.streams.rotate_right(1);
+            self.streams[0] = Stream { next: wanted.end, ..Stream::default() };
             return Vec::new();
-        }
+        };
+        self.streams[..=at].rotate_right(1);
+        let stream = &mut self.streams[0];
+        stream.next = wanted.end;
         // Many together, when half of what was asked for is used up.
-        if wanted.end + self.window / 2 < self.ahead {
+        if wanted.end + stream.window / 2 < stream.ahead {
             return Vec::new();
         }
-        self.window = (self.window * 2).clamp(2, AHEAD_MAX);
-        self.ahead = (wanted.end + self.window).min(self.units.len());
-        self.ask(wanted.end..self.ahead)
+        stream.window = (stream.window * 2).clamp(2, AHEAD_MAX);
+        stream.ahead = (wanted.end + stream.window).min(self.units.len());
+        let ahead = wanted.end..stream.ahead;
+        self.ask(ahead)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readers_that_take_turns_are_each_followed() {
+        let mut state = State::of(1000);
+        let mut asked = [0, 0];
+        for step in 0..40 {
+            for (reader, start) in [(0, 0), (1, 500)] {
+                let at = start + step;
+                let runs = state.go_on_ahead(&(at..at + 1));
+                assert!(runs.iter().all(|run| run.start > at && run.end <= at + 1 + AHEAD_MAX));
+                asked[reader] += runs.iter().map(Range::len).sum::<usize>();
+            }
+        }
+        assert!(asked.iter().all(|asked| (40..80).contains(asked)), "{asked:?}");
+        // Who jumps about is not followed.
+        let mut state = State::of(1000);
+        assert!((0..50).all(|n| state.go_on_ahead(&(n * 17 % 999..n * 17 % 999 + 1)).is_empty()));
     }
 }

@@ -11,7 +11,7 @@ use crate::cache::Options;
 use crate::error::{Error, Kind, Result};
 
 /// How to keep what of a distant store is used here.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, Default, clap::Args)]
 pub(crate) struct CacheFlags {
     /// Keep files of the store here, on a local disk, even of a local store [default: $XDG_CACHE_HOME/envfabric/files,
     /// for stores that are not read in place] [env: ENVFABRIC_CACHE]

@@ -1,23 +1,37 @@
 //! `envfabric doctor`
 
+mod nas;
+mod places;
+
 use std::fs;
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::Context;
+use super::cache::CacheFlags;
 use super::output::{bytes, table};
 use crate::build::Uv;
-use crate::error::Result;
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::mount;
-use crate::store::Store;
+use crate::patience::within;
+use crate::store::{Codec, Store};
+use nas::PATIENCE;
 
 /// Check that this machine has what envfabric needs, and say what to do where it has not
+///
+/// The store is tried out, too: what file system it is on and how that is mounted, how fast it answers, whether builds
+/// can publish there, and what time its server has. Nothing stays behind, and a store that hangs is not waited for.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Doctor {}
+pub(crate) struct Doctor {
+    /// Look, and tell the starting process on standard output
+    #[arg(long, hide = true)]
+    apart: bool,
+}
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum State {
     Ok,
@@ -25,18 +39,21 @@ enum State {
     Bad,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Check {
-    name: &'static str,
+    name: String,
     state: State,
     found: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     hint: Option<String>,
+    /// What was found, for programs.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    facts: Map<String, Value>,
 }
 
 impl Check {
-    fn new(name: &'static str, state: State, found: impl Into<String>) -> Check {
-        Check { name, state, found: found.into(), hint: None }
+    fn new(name: &str, state: State, found: impl Into<String>) -> Check {
+        Check { name: name.into(), state, found: found.into(), hint: None, facts: Map::new() }
     }
 
     fn hint(mut self, hint: impl Into<String>) -> Check {
@@ -44,17 +61,23 @@ impl Check {
         self
     }
 
-    fn of<T>(name: &'static str, result: Result<T>, found: impl FnOnce(T) -> String) -> Check {
+    fn fact(mut self, name: &str, value: impl Into<Value>) -> Check {
+        self.facts.insert(name.into(), value.into());
+        self
+    }
+
+    fn of<T>(name: &str, result: Result<T>, found: impl FnOnce(T) -> String) -> Check {
         match result {
             Ok(value) => Check::new(name, State::Ok, found(value)),
             Err(error) => {
-                Check { name, state: State::Bad, found: error.chain(), hint: error.hint_text().map(str::to_string) }
+                let check = Check::new(name, State::Bad, error.chain());
+                Check { hint: error.hint_text().map(str::to_string), ..check }
             }
         }
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Report {
     ok: bool,
     checks: Vec<Check>,
@@ -62,43 +85,14 @@ struct Report {
 
 impl Doctor {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
-        let settings = &context.settings;
-        let mut checks = vec![kernel(), fuse()];
-        checks.extend(fusermount());
-        let uv = Uv::new(settings.config.uv.clone());
-        let found = uv.path().and_then(|path| Ok(format!("{} ({})", uv.version()?, path.display())));
-        checks.push(Check::of("uv", found, |found| found));
-        let store = match Store::open(&settings.store) {
-            Err(error) if error.is_not_found() && settings.store_is_default => {
-                let found = format!("none yet at {} (the first `create` makes it)", settings.store.display());
-                checks.push(Check::new("store", State::Note, found));
-                None
-            }
-            Ok(store) => {
-                checks.push(match writable(store.root()) {
-                    Ok(()) => Check::new("store", State::Ok, describe(&store)),
-                    Err(error) => Check::new("store", State::Note, format!("{}, not writable", describe(&store)))
-                        .hint(format!("this machine can mount it, but not build into it: {}", error.chain())),
-                });
-                Some(store)
-            }
-            Err(error) => {
-                checks.push(Check::of("store", Err::<(), _>(error), |()| String::new()));
-                None
-            }
-        };
-        if let Some(store) = &store {
-            checks.push(Check::of("index", context.index(store), |i| i.path().display().to_string()));
-            checks.push(Check::of("interpreters", store.interpreters(), |all| match all.len() {
-                0 => "none yet (the first `create` ingests one)".into(),
-                _ => all.iter().map(|i| i.python.version.clone()).collect::<Vec<_>>().join(", "),
-            }));
+        if self.apart {
+            let report = look(context);
+            serde_json::to_writer(std::io::stdout(), &report)
+                .map_err(std::io::Error::from)
+                .at("writing to", "the doctor")?;
+            return Ok(ExitCode::SUCCESS);
         }
-        checks.push(scratch(&settings.scratch));
-        checks.push(mounted(&settings.mount, store.as_ref()));
-        checks.extend(store.as_ref().map(|store| passthrough(store, &settings.mount)));
-
-        let report = Report { ok: checks.iter().all(|c| c.state != State::Bad), checks };
+        let report = ask_apart(context.out.terminal)?;
         context.out.result(&report, |w| {
             let rows = report.checks.iter().map(|c| {
                 let state = match c.state {
@@ -107,12 +101,73 @@ impl Doctor {
                     State::Bad => "BAD",
                 };
                 let hint = c.hint.as_ref().map(|h| format!("\n-> {h}")).unwrap_or_default();
-                vec![state.to_string(), c.name.to_string(), format!("{}{hint}", c.found)]
+                vec![state.to_string(), c.name.clone(), format!("{}{hint}", c.found)]
             });
             write!(w, "{}", table(&["", "CHECK", "FOUND"], rows.collect(), &[]))
         })?;
         Ok(ExitCode::from(u8::from(!report.ok)))
     }
+}
+
+/// What another process of this program sees, which is left alone once it has told: a call on a FUSE file system that
+/// hangs, such as sshfs, keeps even a process that is killed from ending.
+fn ask_apart(terminal: bool) -> Result<Report> {
+    let program = std::env::current_exe().at("finding", "this program")?;
+    let mut command = Command::new(&program);
+    command.args(std::env::args_os().skip(1)).arg("--apart").stdin(Stdio::null()).stdout(Stdio::piped());
+    // Who reads a pipe to its end must not wait for that process either.
+    command.stderr(if terminal { Stdio::inherit() } else { Stdio::null() });
+    let mut looks = command.spawn().at("starting", &program)?;
+    let told = looks.stdout.take().map(|told| serde_json::Deserializer::from_reader(told).into_iter().next());
+    match told.flatten() {
+        Some(Ok(report)) => Ok(report),
+        _ => Err(Error::new(Kind::Failed, "the process that looks at this machine ended without a word")),
+    }
+}
+
+fn look(context: &Context) -> Report {
+    let settings = &context.settings;
+    let mut checks = vec![kernel(), fuse()];
+    checks.extend(fusermount());
+    let uv = Uv::new(settings.config.uv.clone());
+    let found = uv.path().and_then(|path| Ok(format!("{} ({})", uv.version()?, path.display())));
+    checks.push(Check::of("uv", found, |found| found));
+    let root = settings.store.clone();
+    let store = match within(PATIENCE, move || Store::open(&root)) {
+        Err(error) if error.is_not_found() && settings.store_is_default => {
+            let found = format!("none yet at {} (the first `create` makes it)", settings.store.display());
+            checks.push(Check::new("store", State::Note, found));
+            None
+        }
+        Err(error) => {
+            checks.push(Check::of("store", Err::<(), _>(error), |()| String::new()));
+            None
+        }
+        Ok(store) => Some(store),
+    };
+    if let Some(store) = &store {
+        checks.extend(of_store(context, store));
+    }
+    checks.push(scratch(&settings.scratch));
+    let (at, of) = (settings.mount.clone(), store.clone());
+    let found = within(PATIENCE, move || Ok(mounted(&at, of.as_ref())));
+    checks.push(found.unwrap_or_else(|error| Check::of("mount", Err::<(), _>(error), |()| String::new())));
+    if let Some(store) = store {
+        let flags = CacheFlags::default();
+        let (options, always) = (flags.options(context), flags.always(context));
+        let of = store.clone();
+        let in_place = within(PATIENCE, move || Ok(mount::is_local(of.root()) && of.codec() == Codec::Raw));
+        // Where it does not answer it is no local disk.
+        let used = always || !in_place.unwrap_or(false);
+        let files = options.as_ref().ok().filter(|_| used).map(|options| options.dir.clone());
+        checks.push(nas::cache(options, used));
+        let at = settings.mount.clone();
+        let found =
+            within(PATIENCE * 2, move || Ok(passthrough(&store, files.as_deref().unwrap_or(store.root()), &at)));
+        checks.push(found.unwrap_or_else(|error| Check::of("passthrough", Err::<(), _>(error), |()| String::new())));
+    }
+
+    Report { ok: checks.iter().all(|c| c.state != State::Bad), checks }
 }
 
 /// The release of the kernel, and whether it has passthrough.
@@ -134,7 +189,7 @@ fn kernel() -> Check {
 }
 
 /// Whether large files are read straight from the store: by the mount that is there, or by one that this user would make.
-fn passthrough(store: &Store, at: &Path) -> Check {
+fn passthrough(store: &Store, files: &Path, at: &Path) -> Check {
     const NAME: &str = "passthrough";
     let without = |why: &str| Check::new(NAME, State::Note, format!("not to be had: {why}"));
     let mounted = super::daemon::mount_of(store, at).ok().flatten();
@@ -146,7 +201,7 @@ fn passthrough(store: &Store, at: &Path) -> Check {
             let why = stats.passthrough.why_not.unwrap_or_default();
             Check::new(NAME, State::Note, format!("not used by the mount at {}: {why}", at.display()))
         }
-        None => match mount::obstacle(store.root(), true) {
+        None => match mount::obstacle(files, true) {
             Some(why) => without(&why.to_string()),
             None if !release().1 => without(&mount::NoPassthrough::Kernel.to_string()),
             None => Check::new(NAME, State::Ok, "a mount made now would have it"),
@@ -181,20 +236,31 @@ fn fusermount() -> Option<Check> {
     })
 }
 
-/// Publishing needs hard links; some file systems have none.
-fn writable(root: &Path) -> Result<()> {
-    use crate::error::IoContext;
-    let file = tempfile::NamedTempFile::new_in(root.join("tmp")).at("creating a file in", root.join("tmp"))?;
-    let link = file.path().with_extension("link");
-    fs::hard_link(file.path(), &link).at("linking", &link)?;
-    fs::remove_file(&link).at("removing", &link)
+/// Everything about `store`.
+fn of_store(context: &Context, store: &Store) -> Vec<Check> {
+    let of = store.clone();
+    let described = within(PATIENCE, move || Ok(describe(&of)));
+    let answers = described.is_ok();
+    let mut checks = vec![Check::of("store", described, |found| found)];
+    if !answers {
+        return checks;
+    }
+    checks.extend(nas::store(store));
+    checks.push(Check::of("index", context.index(store), |i| i.path().display().to_string()));
+    let of = store.clone();
+    checks.push(Check::of("interpreters", within(PATIENCE, move || of.interpreters()), |all| match all.len() {
+        0 => "none yet (the first `create` ingests one)".into(),
+        _ => all.iter().map(|i| i.python.version.clone()).collect::<Vec<_>>().join(", "),
+    }));
+    checks
 }
 
 fn describe(store: &Store) -> String {
     let root = store.root();
     let free = nix::sys::statvfs::statvfs(root).map(|s| s.blocks_available() * s.fragment_size()).unwrap_or(0);
-    let kind = if mount::is_local(store.root()) { "local" } else { "network" };
-    format!("{} ({kind} file system, {} free)", root.display(), bytes(free))
+    let kind = if mount::is_local(root) { "local" } else { "distant" };
+    let files = if store.codec() == Codec::Raw { "as they are" } else { "compressed" };
+    format!("{} ({kind}, files lie there {files}, {} free)", root.display(), bytes(free))
 }
 
 fn scratch(dir: &Path) -> Check {

@@ -90,7 +90,10 @@ fn cache_facts(cache: &CacheStats) -> Vec<(&'static str, String)> {
         ("reads", format!("{} from here, {} asked the store{ratio}", cache.hits, cache.misses)),
         ("fetched", format!("{} in {} requests", bytes(cache.fetched_bytes), cache.fetches)),
         ("unpacked", bytes(cache.unpacked_bytes)),
-        ("compared", bytes(cache.verified_bytes)),
+        (
+            "compared",
+            format!("{}; read again and compared, {}", bytes(cache.verified_bytes), bytes(cache.scrubbed_bytes)),
+        ),
         ("served", bytes(cache.served_bytes)),
         ("asked ahead", format!("{} chunks, {} of them read later", cache.ahead, cache.ahead_used)),
         ("not kept", format!("{} chunks, for which there was no room", cache.not_kept)),

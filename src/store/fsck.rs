@@ -7,9 +7,9 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::layer_writer::PACK_MAGIC;
-use super::object::{ObjectFile, Room};
-use super::{Node, Place, Store, StoredInterpreter, list_names, read_json};
-use crate::environment::{Digest, EnvName};
+use super::object::{Object, ObjectFile, Room};
+use super::{Node, Place, Store, StoredInterpreter, documents, list_names, read_json};
+use crate::environment::{Digest, EnvName, Summary};
 use crate::error::{Kind, Result};
 
 /// How bad a finding is.
@@ -272,6 +272,11 @@ impl Store {
                             }
                         }
                     }
+                    for summary in &version.summaries {
+                        if let Some(problem) = self.check_summary(summary, objects) {
+                            problems.entry(problem).or_default().push(object.clone());
+                        }
+                    }
                     for document in version.lock.iter().chain(&version.pyproject) {
                         if !objects.contains_key(&("blobs", document.blob)) {
                             let path = self.relative(&self.blob_path(&document.blob));
@@ -305,6 +310,28 @@ impl Store {
             return Err("is not a pack".into());
         }
         Ok((expected, object.size()))
+    }
+
+    /// What is wrong with a summary or with the catalogs that it names: the object and the problem.
+    fn check_summary(
+        &self,
+        summary: &Summary,
+        objects: &BTreeMap<(&'static str, Digest), u64>,
+    ) -> Option<(String, String)> {
+        let path = self.relative(&self.blob_path(&summary.blob));
+        if objects.get(&("blobs", summary.blob)) != Some(&summary.size) {
+            return Some((path, "(a summary of layers) is missing or damaged".into()));
+        }
+        let docs = match self.read_blob(&summary.blob).and_then(|bytes| documents(&bytes)) {
+            Ok(docs) => docs,
+            Err(error) => return Some((path, error.chain())),
+        };
+        let mut bundles: BTreeSet<Object> = BTreeSet::new();
+        bundles.extend(docs.iter().filter_map(|doc| doc.bundle.map(|bundle| bundle.object())));
+        let missing = |bundle: &&Object| objects.get(&("catalogs", bundle.digest)) != Some(&bundle.size);
+        let bundle = bundles.iter().find(missing)?;
+        let path = self.relative(&self.object_path(bundle));
+        Some((path, "(the catalogs of many layers) is missing or damaged".into()))
     }
 
     fn relative(&self, path: &Path) -> String {

@@ -13,7 +13,9 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
+use super::Store;
 use super::chunks::{CHUNK_SIZE, ChunkHasher, Chunks};
 use crate::environment::{Digest, Hasher};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -145,6 +147,59 @@ impl Temporary {
         tracing::warn!(object = %target.display(), "a damaged object is replaced by a sound one");
         fs::rename(&self.path, target).at("replacing", target)?;
         sync_dir(target.parent().unwrap_or(Path::new("/")))
+    }
+}
+
+/// How files get their names on a file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Named {
+    /// By hard links.
+    ByLinks,
+    /// By renames that never replace.
+    ByRenames,
+}
+
+/// What came of publishing something for a try.
+#[derive(Debug, Clone, Copy)]
+pub struct Tried {
+    /// How it got its name.
+    pub named: Named,
+    /// When it was made, by the clock of the store's server.
+    pub server: SystemTime,
+    /// The time here, just before.
+    pub before: SystemTime,
+    /// The time here, just after.
+    pub after: SystemTime,
+}
+
+impl Store {
+    /// Gives a file a name in `tmp/` as if it were published, and takes it away again.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] when a name that is taken can be given again: nothing may be published there.
+    pub fn try_publishing(&self) -> Result<Tried> {
+        self.require_writable()?;
+        let before = SystemTime::now();
+        let mut file = Temporary::create(&self.root)?;
+        let after = SystemTime::now();
+        let server = file.file.metadata().and_then(|meta| meta.modified()).at("reading", &file.path)?;
+        file.file.write_all(b"made by envfabric for a try").at("writing", &file.path)?;
+        let target = self.tmp().join(format!("{}-try", nonce()?));
+        let named = match file.claim(&target, &NAMING[..1]) {
+            Err(error) if error.kind() == Kind::Unsupported => {
+                file.claim(&target, &NAMING[1..]).map(|_| Named::ByRenames)
+            }
+            other => other.map(|_| Named::ByLinks),
+        };
+        let again = named.and_then(|named| Ok((named, written(&self.root, b"another")?.link(&target)?)));
+        let _ = fs::remove_file(&target);
+        match again? {
+            (named, false) => Ok(Tried { named, server, before, after }),
+            (_, true) => {
+                let what = format!("the file system of {} gives a name that is taken again", self.root.display());
+                Err(Error::new(Kind::Corrupt, what).hint("do not build into it: versions could replace one another"))
+            }
+        }
     }
 }
 
@@ -300,6 +355,8 @@ mod tests {
         let mut second = written(root.path(), b"other").unwrap();
         let there = second.claim(&target, &[lacks, rename_new]).unwrap().expect("the name is taken");
         assert!(!second.is_same_as(there, &target).unwrap());
+        // As when another builder takes the name in between.
+        assert_eq!(rename_new(&second.path, &target).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         drop(second);
         assert_eq!(fs::read(&target).unwrap(), b"first");
         assert_eq!(fs::read_dir(root.path().join("tmp")).unwrap().count(), 0);
@@ -309,5 +366,16 @@ mod tests {
         let error = written(root.path(), b"x").unwrap().claim(&other, &[lacks, no_flags]).unwrap_err();
         assert_eq!(error.kind(), Kind::Unsupported);
         assert!(error.to_string().contains("neither hard links nor renames") && !other.exists(), "{error}");
+    }
+
+    #[test]
+    fn a_try_tells_how_names_are_given_and_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::init(dir.path()).unwrap();
+        let tried = store.try_publishing().unwrap();
+        assert_eq!(tried.named, Named::ByLinks);
+        let slack = std::time::Duration::from_secs(1);
+        assert!(tried.before - slack < tried.server && tried.server < tried.after + slack);
+        assert_eq!(fs::read_dir(store.tmp()).unwrap().count(), 0);
     }
 }

@@ -104,10 +104,9 @@ pub(super) struct Names {
     unreadable: Mutex<HashSet<EnvName>>,
     /// Where the store is distant: how long it is waited for.
     limit: OnceLock<Duration>,
-    /// Questions to a distant store whose answers are not kept here: whether a workflow has an environment, whether it
-    /// has few, what a version's document says, whether the store is there.
+    /// Questions to a distant store whose answers are not kept here: whether a workflow has an environment, what
+    /// a version's document says, whether the store is there.
     witnesses: Flights<String, bool>,
-    few: Flights<String, bool>,
     documents: Flights<(EnvName, u64), Option<Version>>,
     probes: Flights<(), ()>,
 }
@@ -129,7 +128,7 @@ impl Names {
             workflows: Cells::new(None),
             nodes: Cells::new(Some(begun)),
             pointers: Cells::new(None),
-            versions: Cells::new(None),
+            versions: Cells::new(Some(begun)),
             witness: Mutex::default(),
             used: Mutex::default(),
             changes: Mutex::default(),
@@ -140,7 +139,6 @@ impl Names {
             unreadable: Mutex::default(),
             limit: OnceLock::new(),
             witnesses: Flights::default(),
-            few: Flights::default(),
             documents: Flights::default(),
             probes: Flights::default(),
         }
@@ -337,7 +335,12 @@ impl Names {
     /// The nodes of `workflow` where they were read before, or where they are few; else none, and [`Names::refresh`] reads
     /// them: until then its directory has the time [`Names::begun`].
     pub(super) fn nodes_if_read(self: &Arc<Self>, workflow: &str) -> Result<Option<Known<Vec<String>>>> {
-        if self.nodes.has(&workflow.to_string()) || self.has_few_nodes(workflow)? {
+        let read = self.nodes.has(&workflow.to_string());
+        // On the way to one environment a distant store is asked for that one alone.
+        if !read && self.distant().is_some() {
+            return Ok(None);
+        }
+        if read || self.has_few_nodes(workflow)? {
             return self.nodes(workflow, Age::Any).map(Some);
         }
         let mut uncounted = lock(&self.uncounted);
@@ -349,19 +352,7 @@ impl Names {
 
     fn has_few_nodes(self: &Arc<Self>, workflow: &str) -> Result<bool> {
         let Source::Store(store) = &self.source else { return Ok(true) };
-        let Some((_, limit)) = self.distant() else { return Ok(store.nodes(workflow)?.len() <= WAITED_FOR) };
-        // Where that was found out before, or cannot be, nobody on the way to one of them waits again.
-        if lock(&self.uncounted).contains(workflow) {
-            return Ok(false);
-        }
-        let count = || {
-            let (store, workflow) = (store.clone(), workflow.to_string());
-            move || Ok(store.nodes(&workflow)?.len() <= WAITED_FOR)
-        };
-        match self.question(&self.few, &workflow.to_string(), limit, |_| true, count) {
-            Err(error) if error.kind() == Kind::TimedOut => Ok(false),
-            few => few,
-        }
+        Ok(store.nodes(workflow)?.len() <= WAITED_FOR)
     }
 
     /// When these names began: no directory has an earlier time.
@@ -457,6 +448,14 @@ impl Names {
     /// The numbers of the versions of `name`, ascending.
     pub(super) fn versions(self: &Arc<Self>, name: &EnvName, age: Age) -> Result<Known<Vec<u64>>> {
         self.versions_asked(name, age, true)
+    }
+
+    /// The numbers of the versions of `name`, where they were read before or the store is near.
+    pub(super) fn versions_if_read(self: &Arc<Self>, name: &EnvName) -> Result<Option<Known<Vec<u64>>>> {
+        if self.distant().is_some() && !self.versions.has(name) {
+            return Ok(None);
+        }
+        self.versions(name, Age::Any).map(Some)
     }
 
     fn versions_asked(self: &Arc<Self>, name: &EnvName, age: Age, ask: bool) -> Result<Known<Vec<u64>>> {

@@ -18,6 +18,8 @@ const VERBS: &[&str] = &[
     "rollback",
     "remove",
     "python",
+    "warm",
+    "profile",
     "stats",
     "fsck",
     "doctor",

@@ -161,6 +161,13 @@ fn within(limit: Duration, python: &Path, code: &str) -> std::process::Output {
     process.wait_with_output().unwrap()
 }
 
+/// What `doctor` says of `name`.
+fn doctor(world: &World, name: &str) -> serde_json::Value {
+    let told: serde_json::Value = serde_json::from_slice(&world.output(["doctor", "--json"]).stdout).unwrap();
+    let check = told["checks"].as_array().unwrap().iter().find(|check| check["name"] == name);
+    check.unwrap_or_else(|| panic!("nothing of {name}: {told}")).clone()
+}
+
 #[test]
 fn a_store_on_a_network_file_system_serves_two_machines_and_its_server_may_stop_or_go() {
     needs_sshfs!();
@@ -170,6 +177,18 @@ fn a_store_on_a_network_file_system_serves_two_machines_and_its_server_may_stop_
     let builder = World::with_store(for_builder.at.join("store"));
     let made = builder.json(["init"]);
     assert_eq!(made["fabric"]["features"]["incompatible"], serde_json::json!(["zstd-objects"]));
+    for (name, state, found) in [
+        ("file system", "note", "fuse.sshfs"),
+        ("latency", "", "missing name"),
+        ("publishing", "ok", "by hard links"),
+        ("clock", "ok", "the same time"),
+        ("cache", "", "at most"),
+    ] {
+        let check = doctor(&builder, name);
+        assert!(check["state"].as_str().unwrap().starts_with(state), "{check}");
+        assert!(check["found"].as_str().unwrap().contains(found), "{check}");
+    }
+    assert_eq!(fs::read_dir(nas.path().join("store/tmp")).unwrap().count(), 0);
     let python = python311();
     let bulky = Wheel::new("bulky", "1").file("bulky/__init__.py", "").file("bulky/one.bin", vec![1; 3_000_000]);
     let bulky = bulky.file("bulky/two.bin", vec![2; 3_000_000]).write(builder.dir()).display().to_string();
@@ -215,6 +234,9 @@ fn a_store_on_a_network_file_system_serves_two_machines_and_its_server_may_stop_
         let output = within(limit, &pinned, &sum_of("one"));
         assert!(text(&output.stderr).contains("Input/output error"), "{}", text(&output.stderr));
         assert!(node.json(["stats", at.to_str().unwrap()])["cache"]["timeouts"].as_u64().unwrap() > 0);
+        let asked = Instant::now();
+        assert!(doctor(&node, "store")["found"].as_str().unwrap().contains("has not answered"));
+        assert!(asked.elapsed() < limit);
     }
     until("what was not here comes", soon, || text(&within(limit, &pinned, &sum_of("one")).stdout).trim() == "3000000");
 
