@@ -9,7 +9,7 @@
 //!
 //! The unit is a chunk of an object (see [`crate::store::Chunks`]); catalogs and documents, which have no list of chunks,
 //! come whole. A unit is served only after it was compared with its digest in this process, or belongs to a file that is
-//! *sealed*: whole, compared, on disk, and with the same inode, size and times as then ([`ledger`]). Everything else that
+//! *sealed*: whole, compared, on disk, and with the same inode, size and times as then (`ledger`). Everything else that
 //! lies in the directory is *unproven* and is compared before it is believed. So nothing has to be cleared up after a
 //! crash, and a ledger that is lost costs the comparing anew, nothing else.
 //!

@@ -18,6 +18,7 @@ use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use serde::{Deserialize, Serialize};
 
 use super::chunks::{CHUNK_SIZE, Chunks};
@@ -194,6 +195,8 @@ impl ObjectFile {
                 .hint("run `envfabric fsck` to see which environments need it"),
             false => error,
         })?;
+        // What is asked for is what is needed: more, read ahead by the kernel, would be requests for nothing.
+        let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
         let packed = match store.codec() {
             Codec::Raw => None,
             Codec::Zstd => Some(Packed::read(&file, &path, object.size)?),
