@@ -276,7 +276,7 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
         },
         scaffold: interpreter.scaffold,
         layers: plan.layers,
-        summaries: context.store.ensure_summaries(context.index, &all)?,
+        summaries: context.store.ensure_summaries(context.index, &all, request.rebuild)?,
         lock: Some(plan.lock),
         pyproject: plan.pyproject,
         source,

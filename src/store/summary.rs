@@ -19,21 +19,29 @@ use crate::error::{Error, Kind, Result};
 const UNPACKED_MAX: u64 = 256 << 20;
 
 impl Store {
-    /// Makes sure that the documents of all `layers` are in summaries, and returns these, sorted.
-    pub fn ensure_summaries(&self, index: &Index, layers: &[Digest]) -> Result<Vec<Summary>> {
+    /// Makes sure that the documents of all `layers` are in summaries, and returns these, sorted. With `repair`, those
+    /// that are there are read and compared, and written again where they are damaged.
+    pub fn ensure_summaries(&self, index: &Index, layers: &[Digest], repair: bool) -> Result<Vec<Summary>> {
+        let trust = if repair { Trust::Nothing } else { Trust::Length };
         let mut known = index.summaries(layers)?;
+        let docs = index.layers(self, &known.iter().map(|(layer, _)| *layer).collect::<Vec<_>>())?;
+        let bundles: HashSet<Object> = docs.iter().filter_map(|doc| doc.bundle.map(|bundle| bundle.object())).collect();
+        let lost: HashSet<Object> = bundles.into_iter().filter(|bundle| !self.has_object(bundle, trust)).collect();
+        let bundle_is_there = |doc: &Arc<LayerDoc>| doc.bundle.is_some_and(|bundle| !lost.contains(&bundle.object()));
+        known = known.into_iter().zip(&docs).filter(|(_, doc)| bundle_is_there(doc)).map(|(known, _)| known).collect();
         for summary in known.iter().map(|(_, summary)| *summary).collect::<BTreeSet<_>>() {
             let object = Object { room: Room::Blobs, digest: summary.blob, size: summary.size };
-            if !self.has_object(&object, Trust::Length) {
+            if !self.has_object(&object, trust) {
                 known.retain(|(_, other)| *other != summary);
             }
         }
         let have: HashSet<Digest> = known.iter().map(|(layer, _)| *layer).collect();
         let missing: Vec<Digest> = layers.iter().filter(|layer| !have.contains(layer)).copied().collect();
         if !missing.is_empty() {
-            let docs = self.bundle(&index.layers(self, &missing)?)?;
+            let docs = self.bundle(&index.layers(self, &missing)?, trust)?;
             let bytes = pack(&docs)?;
-            let summary = Summary { blob: self.ensure_blob(&bytes)?, size: bytes.len() as u64 };
+            let summary = Summary { blob: Digest::of(&bytes), size: bytes.len() as u64 };
+            self.ensure_bytes(Room::Blobs, &bytes, &summary.blob, trust)?;
             index.learn(&summary, docs)?;
             known.extend(missing.into_iter().map(|layer| (layer, summary)));
         }
@@ -42,7 +50,7 @@ impl Store {
     }
 
     /// Puts the catalogs of `docs` one after the other into one object; returns the documents, which say where.
-    fn bundle(&self, docs: &[Arc<LayerDoc>]) -> Result<Vec<LayerDoc>> {
+    fn bundle(&self, docs: &[Arc<LayerDoc>], trust: Trust) -> Result<Vec<LayerDoc>> {
         let mut all = Vec::new();
         let mut starts = Vec::with_capacity(docs.len());
         for doc in docs {
@@ -58,7 +66,7 @@ impl Store {
             all.extend(bytes);
         }
         let (digest, size) = (Digest::of(&all), all.len() as u64);
-        self.ensure_bytes(Room::Catalogs, &all, &digest, Trust::Length)?;
+        self.ensure_bytes(Room::Catalogs, &all, &digest, trust)?;
         let bundled = |(doc, at): (&Arc<LayerDoc>, u64)| {
             let bundle = Some(Bundle { digest, size, at });
             LayerDoc { bundle, ..LayerDoc::clone(doc) }

@@ -165,7 +165,7 @@ fn a_store_of_a_newer_format_is_left_alone_and_says_so() {
     let original = fs::read_to_string(&path).unwrap();
     let newer = [
         original.replace("\"format\":2", "\"format\":99"),
-        original.replace("raw-packs", "packs-of-the-future"),
+        original.replace("\"incompatible\":[]", "\"incompatible\":[\"packs-of-the-future\"]"),
         "{\"format\": 12, \"everything\": \"else changed\"}".to_string(),
     ];
     for text in newer {
@@ -418,7 +418,15 @@ fn what_was_lost_of_a_layer_comes_back_when_it_is_built_again() {
     let (catalog, doc) = layer_files(&world, "lost/a", "six");
     let pack = doc["pack"].as_str().unwrap();
     let pack = world.store().join("packs").join(&pack[..2]).join(pack);
-    for lost in [&catalog, &pack, &catalog.with_extension("json")] {
+    let object = |room: &str, name: &str| world.store().join(room).join(&name[..2]).join(name);
+    let digest = doc["digest"].as_str().unwrap();
+    let document = world.store().join("layers").join(&digest[..2]).join(format!("{digest}.json"));
+    let summary = world.json(["show", "lost/a"])["summaries"][0]["blob"].as_str().unwrap().to_string();
+    let summary = object("blobs", &summary);
+    // What lies beside the layers' own catalogs is that of all together.
+    let catalogs = sh(&format!("find {} -type f", world.store().join("catalogs").display()));
+    let bundle = catalogs.lines().map(PathBuf::from).max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap();
+    for lost in [&catalog, &pack, &document, &summary, &bundle] {
         fs::remove_file(lost).unwrap();
         let stdout = text(&world.output(["fsck"]).stdout);
         assert!(stdout.contains("lost/a@1"), "{}: {stdout}", lost.display());
@@ -431,10 +439,12 @@ fn what_was_lost_of_a_layer_comes_back_when_it_is_built_again() {
     world.ok(["create", "lost/a", "six", "idna", "--python", &python, "--rebuild"]);
     fsck_is_clean(&world);
     // Damage that keeps the length, too.
-    damage(&pack, |bytes| bytes[100] ^= 1);
-    assert_eq!(world.output(["fsck"]).status.code(), Some(1));
-    world.ok(["create", "lost/a", "six", "idna", "--python", &python, "--rebuild"]);
-    fsck_is_clean(&world);
+    for damaged in [&pack, &summary, &bundle, &catalog] {
+        damage(damaged, |bytes| bytes[100] ^= 1);
+        assert_eq!(world.output(["fsck"]).status.code(), Some(1), "{}", damaged.display());
+        world.ok(["create", "lost/a", "six", "idna", "--python", &python, "--rebuild"]);
+        fsck_is_clean(&world);
+    }
     let mount = world.mount();
     mount.run("lost/a", "import six, idna");
 }
