@@ -23,7 +23,7 @@ mod warm;
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fuser::{Config, Generation, Session, SessionACL};
 use signal_hook::iterator::Signals;
@@ -87,6 +87,8 @@ impl Options {
     }
 }
 
+/// How long a cache is waited for whose mount is gone already.
+const CACHE_WAIT: Duration = Duration::from_secs(15);
 /// Caches beside the default one, for mounts at the same time.
 const OTHER_CACHES_MAX: u32 = 16;
 
@@ -224,15 +226,24 @@ fn with_cache(tree: Tree, options: &Options) -> Result<(Tree, Option<TempDir>)> 
             (cache::Options::at(dir.path()), Some(dir))
         }
     };
-    let mut opened = Cache::open(keep.clone(), tree.store().clone());
+    let open = |keep: cache::Options| Cache::open(keep, tree.store().clone());
+    let is_busy = |opened: &Result<Cache>| opened.as_ref().is_err_and(|error| error.kind() == Kind::Busy);
+    let mut opened = open(keep.clone());
+    // A mount that was taken away may be writing down what its cache has.
+    let begun = Instant::now();
+    let may_be_ending = || options.cache_always || mounts().is_ok_and(|all| all.is_empty());
+    while is_busy(&opened) && begun.elapsed() < CACHE_WAIT && may_be_ending() {
+        std::thread::sleep(Duration::from_millis(100));
+        opened = open(keep.clone());
+    }
     // Nobody has named the directory, and another mount has it: one beside it.
     for other in 2..=OTHER_CACHES_MAX {
-        if options.cache_always || !opened.as_ref().is_err_and(|error| error.kind() == Kind::Busy) {
+        if options.cache_always || !is_busy(&opened) {
             break;
         }
         let mut dir = keep.dir.clone().into_os_string();
         dir.push(format!("-{other}"));
-        opened = Cache::open(cache::Options { dir: dir.into(), ..keep.clone() }, tree.store().clone());
+        opened = open(cache::Options { dir: dir.into(), ..keep.clone() });
     }
     let cache = opened?;
     Ok((tree.cached(Arc::new(cache)), temporary))
@@ -340,10 +351,10 @@ impl Drop for Mounted {
     fn drop(&mut self) {
         self.refresher.end();
         self.tree.end();
-        self.tree.publish_profiles(true);
         if let Some(cache) = self.tree.cache() {
             cache.settle();
         }
+        self.tree.publish_profiles(true);
         // Once it was unmounted, what is mounted there now is another's, even if it got our device number.
         if !self.session.was_unmounted()
             && let Err(errno) = self.detach(true)

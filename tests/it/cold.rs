@@ -19,8 +19,11 @@ fn what_a_command_reads_is_recorded_and_brought_to_a_node_that_then_needs_no_sto
     // An ordinary failure records nothing and is passed on.
     let failed = world.fails(1, ["profile", "cold/numpy", "--", "python", "-c", "import nosuch"]);
     assert!(failed.contains("nothing was recorded") && failed.contains("nosuch"), "{failed}");
-    let first = world.json(["profile", "cold/numpy", "--", "python", "-c", "import numpy"]);
-    let second = world.json(["profile", "cold/numpy", "--", "python", "-c", "import numpy.fft"]);
+    let profile = |code: &str| -> serde_json::Value {
+        let told = world.ok(["--json", "profile", "cold/numpy", "--", "python", "-c", code]);
+        serde_json::from_str(&told).unwrap()
+    };
+    let (first, second) = (profile("import numpy"), profile("import numpy.fft"));
     assert_eq!((&first["starts"], &second["starts"]), (&1.into(), &2.into()));
     let bytes = |told: &serde_json::Value| told["profile"]["bytes"].as_u64().unwrap();
     assert!(bytes(&first) > 1_000_000 && bytes(&second) >= bytes(&first), "{first} {second}");
@@ -66,7 +69,7 @@ fn a_mistake_in_what_a_cold_node_is_told_is_wrong_usage() {
     let world = World::new();
     for (args, needle) in [
         (vec!["mount", "--cache-size", "many"], "20GiB"),
-        (vec!["mount", "--cache-free", "-1"], "size"),
+        (vec!["mount", "--cache-free=-1"], "size"),
         (vec!["mount", "--patience", "0s"], "30s"),
         (vec!["init", "--compression", "gzip"], "zstd"),
         (vec!["warm"], "WF/NODE"),
