@@ -53,8 +53,11 @@ def prepare(ctx):
 
 
 def creation(places):
-    name = f"create the {places.ctx.mode} environment over the NAS, nothing but the interpreter in the store"
+    name = places.creation_row()
     if not places.ctx.wants(name):
+        return
+    if not places.creation:
+        yield Row(name, trouble="not measured: the environments were there")
         return
     ratios = [ours / theirs for ours, theirs in places.creation]
     ours, theirs = (statistics.median(side) for side in zip(*places.creation))
