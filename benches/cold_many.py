@@ -11,7 +11,9 @@ import cold_places
 import cold_starts
 import environments
 import making
+import nas
 from harness import Failed, Row, failed, say, seconds, size
+from node import Node
 from trees import drop_page_cache
 
 ENVIRONMENTS = 16
@@ -30,14 +32,15 @@ def rows(places):
 
 def sixteen(places):
     name = f"{ENVIRONMENTS} environments that share most wheels, `import pandas` at once on a cold node: bytes brought"
-    again = "the same, bytes that READ calls of the NAS brought, against distinct ones"
+    again = f"{ENVIRONMENTS} environments at once: bytes that READ calls of the NAS brought, against distinct ones"
     if not any([places.ctx.wants(name), places.ctx.wants(again)]):
         return
     say(f"{name} ...")
-    node = places.node
+    # A store of its own: how many environments a store has is seen in the calls of the other rows.
+    node = Node(places.ctx, places.ctx.dir / "node-many", places.nas.mount / "many")
     try:
         names = make_sixteen(places)
-        places.know("zstd", {})
+        forget_profiles(places)
         node.cold()
         took, reads = at_once(places, names)
         node.settle()
@@ -64,16 +67,26 @@ def sixteen(places):
 def make_sixteen(places):
     """Names of environments of the small set, each with another release of one small package."""
     ctx, names = places.ctx, [f"bench/many-{i + 1:02}" for i in range(ENVIRONMENTS)]
-    if all((places.nas.backing / "zstd/envs" / name).exists() for name in names):
+    store = places.nas.backing / "many"
+    if all((store / "envs" / name).exists() for name in names):
         return names
     say("  making them ...")
+    nas.remove(store)
+    builder = Node(ctx, ctx.dir / "builder-many", store, cached=False)
+    cold_places.new_store(ctx, builder, cold_places.STORES["zstd"])
     requirements, lock = ctx.dir / "many.txt", ctx.dir / "pylock.many.toml"
     for i, name in enumerate(names):
         wheel = differing(ctx.dir, i + 1)
         requirements.write_text("\n".join([*environments.SMALL, str(wheel)]) + "\n")
         making.resolve(ctx, requirements, lock, places.origin)
-        cold_places.create(ctx, places.node, lock, name)
+        cold_places.create(ctx, builder, lock, name)
     return names
+
+
+def forget_profiles(places):
+    """What an earlier run taught the store."""
+    for profiles in (places.nas.backing / "many/envs/bench").glob("*/profiles"):
+        nas.remove(profiles)
 
 
 def differing(dir, number):
