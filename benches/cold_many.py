@@ -42,7 +42,7 @@ def sixteen(places):
         names = make_sixteen(places)
         forget_profiles(places)
         node.cold()
-        took, reads = at_once(places, names)
+        took, reads = at_once(places, node, names)
         node.settle()
         stats, (held, _) = node.stats(), node.held()
     except (Failed, OSError) as problem:
@@ -111,14 +111,14 @@ def digest(text):
     return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
 
 
-def at_once(places, names):
+def at_once(places, node, names):
     """Seconds until the last of them has ended, and the READ calls that the NAS was asked."""
     places.nas.tell("reset")
     places.nas.tell("record on")
     processes, start = [], time.perf_counter()
     try:
         for name in names:
-            command = [str(places.node.python(name)), "-c", "import pandas, differing"]
+            command = [str(node.python(name)), "-c", "import pandas, differing"]
             processes.append(subprocess.Popen(command, env=places.ctx.clean, cwd=places.ctx.dir,
                                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
         codes = [process.wait() for process in processes]
