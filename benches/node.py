@@ -1,0 +1,87 @@
+"""A node: one machine's mount of a store, with a cache and a state directory that can be forgotten."""
+
+import json
+import os
+import pathlib
+import subprocess
+import time
+
+import nas
+from trees import drop_page_cache
+
+SETTLED = 1.0  # seconds without work of the mount after which it is at rest
+LONGEST = 20.0  # seconds to wait for that
+
+
+class Node:
+    """`dir` has its mount point, cache and state; `cached` for a store on the NAS."""
+
+    def __init__(self, ctx, dir, store, cached=True):
+        self.ctx, self.dir, self.store = ctx, pathlib.Path(dir), pathlib.Path(store)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.envs, self.cache = self.dir / "envs", self.dir / "cache"
+        self.flags = ["--cache", self.cache] if cached else []
+        self.env = ctx.env | {
+            "ENVFABRIC_STORE": str(store),
+            "ENVFABRIC_MOUNT": str(self.envs),
+            "XDG_STATE_HOME": str(self.dir / "state"),
+        }
+
+    def fabric(self, *args):
+        return self.ctx.run(self.ctx.tool, *args, env=self.env)
+
+    def python(self, name=None):
+        """The path of an environment's interpreter, the reference environment's by default."""
+        return self.envs / (name or f"bench/{self.ctx.mode}") / ".venv/bin/python"
+
+    def mount(self, *flags):
+        self.fabric("mount", *self.flags, *flags)
+
+    def unmount(self):
+        if str(self.envs.resolve()) not in nas.mounts_below(self.dir):
+            return
+        try:
+            subprocess.run([self.ctx.tool, "umount", self.envs], env=self.env, stdin=subprocess.DEVNULL,
+                           capture_output=True, timeout=nas.PATIENCE)
+        except subprocess.TimeoutExpired:
+            pass
+        for point in nas.mounts_below(self.dir):
+            nas.take_away(point)
+
+    def forget(self):
+        """As if it had never seen the store: unmounted, without cache and state."""
+        self.unmount()
+        for place in ["cache", "state"]:
+            nas.remove(self.dir / place)
+
+    def cold(self, *flags):
+        """Mounted, and nothing of the store is here, nor in the page cache, nor known to the NAS's client."""
+        self.forget()
+        drop_page_cache()
+        self.mount(*flags)
+
+    def stats(self):
+        return json.loads(self.fabric("stats", "--json"))
+
+    def settle(self):
+        """Waits until the mount is at rest."""
+        until, used, since = time.monotonic() + LONGEST, -1.0, time.monotonic()
+        while time.monotonic() < min(until, since + SETTLED):
+            now = self.stats()["cpu_seconds"]
+            # Being asked costs it something, too.
+            if now > used + 0.02:
+                used, since = now, time.monotonic()
+            time.sleep(0.1)
+
+    def held(self):
+        """Bytes on the disk of the cached files, and of all that lies in the cache directory."""
+        files = everything = 0
+        for directory, _, names in os.walk(self.cache):
+            for name in names:
+                try:
+                    blocks = os.lstat(os.path.join(directory, name)).st_blocks * 512
+                except FileNotFoundError:  # it goes while it is counted
+                    continue
+                everything += blocks
+                files += 0 if directory == str(self.cache) else blocks
+        return files, everything
