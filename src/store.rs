@@ -11,6 +11,7 @@
 //!   interpreters/<name>.json                 a Python that environments can run on
 //!   envs/<workflow>/<node>/versions/<n>.json immutable version documents
 //!   envs/<workflow>/<node>/current/<seq>.json which version is current; the highest sequence number wins; from 2 on
+//!   envs/<workflow>/<node>/profiles/<n>/<seq>.json what first starts of a version read; nothing needs them
 //!   tmp/                                     files that are being written
 //! ```
 //!
