@@ -20,7 +20,7 @@ impl World {
         let temporary = tempfile::Builder::new().prefix("envfabric-it-").tempdir().unwrap();
         let store = temporary.path().join("store");
         let world = World { dir: temporary.path().to_path_buf(), store, _temporary: Some(temporary) };
-        world.ok(["init"]);
+        world.init();
         world
     }
 
@@ -38,9 +38,15 @@ impl World {
             let _ = fs::remove_dir_all(&dir);
             fs::create_dir_all(&dir).unwrap();
             let world = World { store: dir.join("store"), dir, _temporary: None };
-            world.ok(["init"]);
+            world.init();
             world
         })
+    }
+
+    /// With the options of `ENVFABRIC_TEST_INIT`.
+    fn init(&self) {
+        let options = std::env::var("ENVFABRIC_TEST_INIT").unwrap_or_default();
+        self.ok(["init"].into_iter().chain(options.split_whitespace()));
     }
 
     pub fn dir(&self) -> &Path {
@@ -110,7 +116,8 @@ impl World {
         self.mount_at(&at)
     }
 
-    /// With the options of `ENVFABRIC_TEST_MOUNT`, so that the main job can be tested with each fast path switched off.
+    /// With the options of `ENVFABRIC_TEST_MOUNT`, and a cache where `ENVFABRIC_TEST_CACHE` is set, so that the main job can
+    /// be tested with each fast path switched off, and through the node cache.
     pub fn mount_at(&self, at: &Path) -> Mount<'_> {
         self.mount_with(at, &[])
     }
@@ -119,7 +126,12 @@ impl World {
     pub fn mount_with(&self, at: &Path, more: &[&str]) -> Mount<'_> {
         let options = std::env::var("ENVFABRIC_TEST_MOUNT").unwrap_or_default();
         let options = options.split_whitespace().chain(more.iter().copied()).map(OsStr::new);
-        self.ok([OsStr::new("mount"), at.as_os_str()].into_iter().chain(options));
+        // Several tests mount one store at a time, and a cache is for one mount.
+        let cache = format!("--cache={}", at.with_extension("cache").display());
+        let cached =
+            std::env::var_os("ENVFABRIC_TEST_CACHE").filter(|_| !more.iter().any(|o| o.starts_with("--cache=")));
+        let cache = cached.is_some().then_some(OsStr::new(&cache));
+        self.ok([OsStr::new("mount"), at.as_os_str()].into_iter().chain(options).chain(cache));
         Mount { world: self, at: at.to_path_buf() }
     }
 }
