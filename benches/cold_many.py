@@ -19,12 +19,14 @@ from trees import drop_page_cache
 ENVIRONMENTS = 16
 STARTS = 5
 CHUNK = 256 * 1024
-LIMIT = {"large": 1_000_000_000, "small": 60_000_000}
+# The second is less than what `import torch` brings.
+LIMITS = {"large": [1_000_000_000, 500_000_000], "small": [60_000_000]}
 
 
 def rows(places):
     yield from sixteen(places)
-    yield from limited(places)
+    for limit in LIMITS[places.ctx.mode]:
+        yield from limited(places, limit)
 
 
 # Sixteen at once
@@ -168,9 +170,9 @@ def reads_again(reads):
 # A small cache
 
 
-def limited(places):
-    """Starts with a cache that cannot hold what they use."""
-    ctx, limit = places.ctx, LIMIT[places.ctx.mode]
+def limited(places, limit):
+    """Starts with a cache that should not be able to hold what they use."""
+    ctx = places.ctx
     code = f"import {cold_starts.heavy(ctx)}"
     name = f"cache limit {size(limit)}, {STARTS} starts with `{code}`: bytes held beyond it"
     if not ctx.wants(name):
@@ -198,10 +200,12 @@ def limited(places):
     held = max(seen.files, seen.told)
     times = ", ".join(seconds(start.seconds) for start in took)
     told = f", as it tells {size(seen.told)}" if seen.told else ""
+    # A limit that nothing came near was not put to the test.
+    trouble = "" if held > 0.98 * limit else "limit not reached"
     yield Row(
         name, f"at most {size(held)}{told}, with its ledger {size(seen.everything)}; {times}",
         f"looked at {seen.looks:,} times; {stats['threads']} threads, 256 KiB each",
-        max(0, held - limit) / 1e6, goal=round(allowed / 1e6, 2), unit="MB",
+        max(0, held - limit) / 1e6, goal=round(allowed / 1e6, 2), unit="MB", trouble=trouble,
     )
 
 
