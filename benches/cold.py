@@ -13,27 +13,30 @@ from harness import Failed, Row, say, seconds
 
 
 def measured(ctx):
-    """Rows, what they are about, and the table of compressions; what was made is taken away unless it is kept."""
+    """Rows, what they are about, and the table of compressions."""
     program = nas.program(ctx.tool)
     prepare(ctx)
-    try:
-        with nas.Nas(ctx.dir / "backing", ctx.dir / "nas", program) as simulated:
-            places = Places(ctx, simulated)
-            try:
-                places.make()
-                rows = [*cold_starts.rows(places), *cold_bytes.rows(places), *cold_many.rows(places),
-                        *creation(places)]
-                speeds = cold_speeds.table(places)
-            finally:
-                places.unmount()
-    finally:
-        for point in nas.mounts_below(ctx.dir):
-            nas.take_away(point)
-        if not ctx.keep:
-            say(f"removing {ctx.dir} ...")
-            nas.remove(ctx.dir)
+    with nas.Nas(ctx.dir / "backing", ctx.dir / "nas", program) as simulated:
+        places = Places(ctx, simulated)
+        try:
+            places.make()
+            rows = [*cold_starts.rows(places), *cold_bytes.rows(places), *cold_many.rows(places), *creation(places)]
+            speeds = cold_speeds.table(places)
+        finally:
+            places.unmount()
     about = f"{places.packages} packages, {places.bytes / 1e9:.2f} GB; CPython {places.version}, "
     return rows, about, speeds
+
+
+def clear(ctx):
+    """Takes away every mount of a run and, unless it is kept, what it made; nothing that is not a benchmark's."""
+    if not (ctx.dir / "backing").exists():
+        return
+    for point in nas.mounts_below(ctx.dir):
+        nas.take_away(point)
+    if not ctx.keep:
+        say(f"removing {ctx.dir} ...")
+        nas.remove(ctx.dir)
 
 
 def prepare(ctx):

@@ -7,6 +7,7 @@ import subprocess
 import time
 
 import nas
+from harness import Failed
 from trees import drop_page_cache
 
 SETTLED = 1.0  # seconds without work of the mount after which it is at rest
@@ -38,8 +39,14 @@ class Node:
         self.fabric("mount", *self.flags, *flags)
 
     def unmount(self):
+        """Takes the mount away and waits for its process, which may still have a profile or a ledger to write."""
         if str(self.envs.resolve()) not in nas.mounts_below(self.dir):
             return
+        process = None
+        try:
+            process = pathlib.Path("/proc", str(self.stats()["pid"]))
+        except Failed:
+            pass  # it does not answer
         try:
             subprocess.run([self.ctx.tool, "umount", self.envs], env=self.env, stdin=subprocess.DEVNULL,
                            capture_output=True, timeout=nas.PATIENCE)
@@ -47,6 +54,11 @@ class Node:
             pass
         for point in nas.mounts_below(self.dir):
             nas.take_away(point)
+        until = time.monotonic() + nas.PATIENCE
+        while process and process.exists():
+            if time.monotonic() > until:
+                raise Failed(f"the process {process.name} that served {self.envs} does not end")
+            time.sleep(0.01)
 
     def forget(self):
         """As if it had never seen the store: unmounted, without cache and state."""
