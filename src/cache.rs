@@ -416,22 +416,23 @@ impl Inner {
             }
             if bytes > 0 {
                 match self.leave(&self.path(&key)) {
-                    Ok(name) => gone.extend(name),
+                    Ok(name) => gone.push((name, bytes)),
                     Err(_) => continue,
                 }
                 self.counters.evictions.fetch_add(1, Ordering::Relaxed);
                 self.counters.evicted_bytes.fetch_add(bytes, Ordering::Relaxed);
             }
             entries.remove(&key);
-            self.space.give_back(bytes);
             freed += bytes;
             if bytes > 0 {
                 self.ledger.forget(std::iter::once(key));
             }
         }
         drop(entries);
-        for name in gone {
-            let _ = fs::remove_file(name);
+        for (name, bytes) in gone {
+            let _ = name.map(fs::remove_file);
+            // Not before: what lies there still takes room.
+            self.space.give_back(bytes);
         }
     }
 

@@ -424,8 +424,11 @@ impl Tree {
     pub fn attr(&self, ino: Ino) -> Result<Attr> {
         match ino.decode().ok_or_else(gone)? {
             Object::Root => {
-                let known = self.names.workflows(Age::Fresh)?;
-                Ok(moving_dir(ino, known.value.len(), known.mtime))
+                // As for the nodes of a workflow.
+                Ok(match self.names.workflows_if_read()? {
+                    Some(known) => moving_dir(ino, known.value.len(), known.mtime),
+                    None => Attr { nlink: 1, ..moving_dir(ino, 0, self.names.begun()) },
+                })
             }
             Object::Name { slot } => self.name_attr(slot, Age::Fresh),
             Object::Versions { slot } => {
@@ -453,10 +456,7 @@ impl Tree {
         let ino = Ino::encode(Object::Name { slot })?;
         match self.name_slots.key(slot).ok_or_else(gone)? {
             NameKey::Workflow(workflow) => {
-                let known = match age {
-                    Age::Any => self.names.nodes_if_read(&workflow)?,
-                    age => Some(self.names.nodes(&workflow, age)?),
-                };
+                let known = self.names.nodes_if_read(&workflow, age)?;
                 Ok(match known {
                     Some(known) => moving_dir(ino, known.value.len(), known.mtime),
                     // The way to one environment does not wait until thousands are counted: one link means, as on some
@@ -474,10 +474,7 @@ impl Tree {
 
     fn versions_attr(&self, slot: u32, env: &EnvName, age: Age) -> Result<Attr> {
         let ino = Ino::encode(Object::Versions { slot })?;
-        let known = match age {
-            Age::Any => self.names.versions_if_read(env)?,
-            age => Some(self.names.versions(env, age)?),
-        };
+        let known = self.names.versions_if_read(env, age)?;
         // As for the nodes of a workflow.
         Ok(match known {
             Some(known) => moving_dir(ino, known.value.len(), known.mtime),

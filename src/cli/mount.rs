@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -142,11 +143,31 @@ pub(crate) struct Umount {
     lazy: bool,
 }
 
+/// How long a process that served a mount is waited for.
+const ENDS: Duration = Duration::from_secs(15);
+
+/// Waits until process `pid` is gone, if it is one of this program that can be seen here.
+fn wait_for_end(pid: u32) {
+    // A process that nobody has waited for is there still, without a program.
+    let exe = format!("/proc/{pid}/exe");
+    let is_ours = || {
+        let name = std::fs::read_link(&exe).ok().and_then(|path| path.file_name().map(|name| name.to_os_string()));
+        name.is_some_and(|name| name.as_encoded_bytes().starts_with(b"envfabric"))
+    };
+    let begun = Instant::now();
+    while begun.elapsed() < ENDS && is_ours() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 impl Umount {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
         let dir = self.dir.clone().unwrap_or_else(|| context.settings.mount.clone());
         let dir = std::path::absolute(&dir).at("finding", &dir)?;
+        // What serves it writes down what it knows before it ends; whoever mounts again needs that to be done.
+        let served_by = if self.lazy { None } else { mount::stats(&dir).ok().map(|stats| stats.pid) };
         mount::umount(&dir, self.lazy)?;
+        served_by.into_iter().for_each(wait_for_end);
         context.out.result(&serde_json::json!({ "unmounted": dir.to_string_lossy() }), |w| {
             writeln!(w, "unmounted {}", dir.display())
         })?;

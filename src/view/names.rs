@@ -125,7 +125,7 @@ impl Names {
         let begun = time_now();
         Names {
             source,
-            workflows: Cells::new(None),
+            workflows: Cells::new(Some(begun)),
             nodes: Cells::new(Some(begun)),
             pointers: Cells::new(None),
             versions: Cells::new(Some(begun)),
@@ -332,16 +332,24 @@ impl Names {
         self.nodes_asked(workflow, age, true)
     }
 
+    /// The workflows, where they were read before or the store is near.
+    pub(super) fn workflows_if_read(self: &Arc<Self>) -> Result<Option<Known<Vec<String>>>> {
+        if self.distant().is_some() && !self.workflows.has(&()) {
+            return Ok(None);
+        }
+        self.workflows(Age::Fresh).map(Some)
+    }
+
     /// The nodes of `workflow` where they were read before, or where they are few; else none, and [`Names::refresh`] reads
     /// them: until then its directory has the time [`Names::begun`].
-    pub(super) fn nodes_if_read(self: &Arc<Self>, workflow: &str) -> Result<Option<Known<Vec<String>>>> {
+    pub(super) fn nodes_if_read(self: &Arc<Self>, workflow: &str, age: Age) -> Result<Option<Known<Vec<String>>>> {
         let read = self.nodes.has(&workflow.to_string());
         // On the way to one environment a distant store is asked for that one alone.
         if !read && self.distant().is_some() {
             return Ok(None);
         }
-        if read || self.has_few_nodes(workflow)? {
-            return self.nodes(workflow, Age::Any).map(Some);
+        if read || age != Age::Any || self.has_few_nodes(workflow)? {
+            return self.nodes(workflow, age).map(Some);
         }
         let mut uncounted = lock(&self.uncounted);
         if !uncounted.contains(workflow) {
@@ -451,11 +459,11 @@ impl Names {
     }
 
     /// The numbers of the versions of `name`, where they were read before or the store is near.
-    pub(super) fn versions_if_read(self: &Arc<Self>, name: &EnvName) -> Result<Option<Known<Vec<u64>>>> {
+    pub(super) fn versions_if_read(self: &Arc<Self>, name: &EnvName, age: Age) -> Result<Option<Known<Vec<u64>>>> {
         if self.distant().is_some() && !self.versions.has(name) {
             return Ok(None);
         }
-        self.versions(name, Age::Any).map(Some)
+        self.versions(name, age).map(Some)
     }
 
     fn versions_asked(self: &Arc<Self>, name: &EnvName, age: Age, ask: bool) -> Result<Known<Vec<u64>>> {
