@@ -27,6 +27,7 @@ mod catalog;
 mod chunks;
 mod environments;
 mod fsck;
+mod hot;
 mod index;
 mod layer;
 mod layer_writer;

@@ -22,6 +22,7 @@
 //! [`Tree`] answers by inode number ([`Ino`]) and keeps no state per inode that was looked at: everything behind a
 //! number is found again from the number alone, with the help of bounded memories. It may be asked from many threads.
 
+mod attrs;
 mod bytes;
 mod documents;
 mod imports;
@@ -52,7 +53,8 @@ pub use version::CONFIG_SIZE;
 use crate::cache::{Cache, Held};
 use crate::environment::{Digest, EnvName, Version};
 use crate::error::{Error, Kind, Result};
-use crate::store::{Catalog, FILE_MTIME, Index, LayerDoc, LayerKind, Node, Place, Row, RowId, ScannedKind, Store};
+use crate::store::{Catalog, Index, LayerDoc, LayerKind, Node, Place, Row, RowId, ScannedKind, Store};
+use attrs::{lasting_dir, lasting_file, moving_dir, row_attr};
 use bytes::{Location, Objects};
 use lru::Lru;
 use merge::{Child, Content, MergedDir};
@@ -581,26 +583,4 @@ fn not_a_directory() -> Error {
 
 fn not_a_link() -> Error {
     Error::new(Kind::Invalid, "this is no symbolic link")
-}
-
-fn row_attr(ino: Ino, node: &Node) -> Attr {
-    let (kind, size) = match node {
-        Node::File { size, .. } => (FileKind::File, *size),
-        Node::Symlink { target } => (FileKind::Symlink, target.len() as u64),
-        Node::Dir { .. } => (FileKind::Dir, 0),
-    };
-    Attr { ino, kind, size, mode: node.mode(), nlink: 1, mtime: (FILE_MTIME, 0), lasting: true }
-}
-
-fn lasting_file(ino: Ino, size: u64) -> Attr {
-    Attr { ino, kind: FileKind::File, size, mode: 0o644, nlink: 1, mtime: (FILE_MTIME, 0), lasting: true }
-}
-
-fn lasting_dir(ino: Ino, subdirs: u32, mtime: Time) -> Attr {
-    Attr { ino, kind: FileKind::Dir, size: 4096, mode: 0o755, nlink: 2 + subdirs, mtime, lasting: true }
-}
-
-fn moving_dir(ino: Ino, subdirs: usize, mtime: Time) -> Attr {
-    let subdirs = u32::try_from(subdirs).unwrap_or(u32::MAX - 2);
-    Attr { lasting: false, ..lasting_dir(ino, subdirs, mtime) }
 }

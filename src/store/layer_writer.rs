@@ -11,6 +11,7 @@ use rusqlite::{Connection, MAIN_DB};
 
 use super::catalog::{CATALOG_FORMAT, SCHEMA};
 use super::chunks::{CHUNK_SIZE, ChunkHasher, Chunks};
+use super::hot::is_hot;
 use super::layer::{Canon, LayerDoc, LayerMeta, SMALL_FILE_MAX};
 use super::object::{Object, ObjectWriter, Room};
 use super::publish::{self, Trust, hash_chunks};
@@ -266,32 +267,6 @@ struct Pack {
     /// How much of its beginning is likely to be needed.
     hot: u64,
     chunks: Chunks,
-}
-
-/// True for files that programs are likely to read when they start: bytecode (sources, where there is none), extension
-/// modules and metadata, but not tests. They are a quarter of what packs have.
-fn is_hot(path: &[u8], bytecode: bool) -> bool {
-    const SELDOM: [&[u8]; 10] = [
-        b"test",
-        b"tests",
-        b"testing",
-        b"idlelib",
-        b"lib2to3",
-        b"tkinter",
-        b"turtledemo",
-        b"ensurepip",
-        b"pydoc_data",
-        b"include",
-    ];
-    if path.split(|b| *b == b'/').any(|part| SELDOM.contains(&part)) {
-        return false;
-    }
-    let name = path.rsplit(|b| *b == b'/').next().unwrap_or_default();
-    name.ends_with(b".pyc")
-        || (!bytecode && name.ends_with(b".py"))
-        || name.ends_with(b".so")
-        || name.windows(4).any(|part| part == b".so.")
-        || path.ends_with(b".dist-info/METADATA")
 }
 
 /// Orders paths component by component, so that a directory's content directly follows it.

@@ -269,7 +269,10 @@ impl Tree {
         }
         if let Some(cache) = &self.cache {
             for touched in profile.iter().flat_map(|profile| &profile.objects) {
-                self.ask_for(cache, touched)?;
+                // Without room, what is brought would be gone before it is asked for.
+                if !self.ask_for(cache, touched)? {
+                    break;
+                }
             }
         }
         Ok(())
