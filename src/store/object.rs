@@ -95,6 +95,19 @@ impl Store {
         self.sharded(object.room.name(), &object.digest.to_string())
     }
 
+    /// The file of an object, as it lies there.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] when it is missing: something names it.
+    pub(crate) fn open_object(&self, object: &Object) -> Result<File> {
+        let path = self.object_path(object);
+        File::open(&path).at("opening", &path).map_err(|error| match error.is_not_found() {
+            true => Error::new(Kind::Corrupt, format!("{} is missing from the store", path.display()))
+                .hint("run `envfabric fsck` to see which environments need it"),
+            false => error,
+        })
+    }
+
     /// True when `object` is there, as far as `trust` asks.
     pub(super) fn has_object(&self, object: &Object, trust: Trust) -> bool {
         // The open is what revalidates on NFS; the size is asked of the handle.
@@ -190,11 +203,7 @@ impl ObjectFile {
     /// [`Kind::Corrupt`] when it is missing or is not as it was written.
     pub fn open(store: &Store, object: &Object) -> Result<ObjectFile> {
         let path = store.object_path(object);
-        let file = File::open(&path).at("opening", &path).map_err(|error| match error.is_not_found() {
-            true => Error::new(Kind::Corrupt, format!("{} is missing from the store", path.display()))
-                .hint("run `envfabric fsck` to see which environments need it"),
-            false => error,
-        })?;
+        let file = store.open_object(object)?;
         // What is asked for is what is needed: more, read ahead by the kernel, would be requests for nothing.
         let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
         let packed = match store.codec() {

@@ -13,7 +13,7 @@ use super::Tree;
 use super::lru::Lru;
 use crate::cache::{Cache, Held};
 use crate::environment::{Digest, Document};
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::store::{CHUNK_SIZE, Object, Room, Store};
 
 /// Packs and blobs kept open. With the catalogs this stays below the usual limit of 1024 descriptors.
@@ -127,14 +127,6 @@ impl Objects {
 
     /// The open file of an object.
     pub(super) fn open(&self, store: &Store, object: &Object) -> Result<Arc<File>> {
-        self.files.get_or(*object, || {
-            let path = store.object_path(object);
-            let file = File::open(&path).at("opening", &path).map_err(|error| match error.is_not_found() {
-                true => Error::new(Kind::Corrupt, format!("{} is missing from the store", path.display()))
-                    .hint("run `envfabric fsck` to see which environments need it"),
-                false => error,
-            })?;
-            Ok(Arc::new(file))
-        })
+        self.files.get_or(*object, || store.open_object(object).map(Arc::new))
     }
 }

@@ -28,7 +28,7 @@ impl Tree {
             Object::Layer { file: LayerFile::Imports, .. } | Object::Special { special: Special::ImportsIndex, .. } => {
                 Ok(Opened::Lasting)
             }
-            Object::Row { layer, row } if self.text(layer, row)?.is_some() => Ok(Opened::Lasting),
+            Object::Row { layer, row } if self.text(ino, layer, row)?.is_some() => Ok(Opened::Lasting),
             Object::Layer { file: LayerFile::Pack, .. } | Object::Row { .. } => {
                 let at = self.location(ino)?;
                 if at.size < at.object.size {
@@ -64,7 +64,7 @@ impl Tree {
             }
             object => {
                 if let Object::Row { layer, row } = object
-                    && let Some(text) = self.text(layer, row)?
+                    && let Some(text) = self.text(ino, layer, row)?
                 {
                     return Ok(cut(text.as_bytes(), offset, size));
                 }
@@ -91,8 +91,11 @@ impl Tree {
         view.config(&dir)
     }
 
-    /// The bytes of a file that are known without its pack.
-    fn text(&self, layer: u32, row: RowId) -> Result<Option<String>> {
+    /// The bytes of a file that are known without its pack. One that has a place is not among them.
+    fn text(&self, ino: Ino, layer: u32, row: RowId) -> Result<Option<String>> {
+        if self.locations.get(&ino).is_some() {
+            return Ok(None);
+        }
         let digest = self.layer_slots.key(layer).ok_or_else(gone)?;
         let doc = self.layer_doc(&digest)?;
         Ok(doc.texts.iter().find(|text| text.row == row).map(|text| text.text.clone()))
