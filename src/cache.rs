@@ -52,7 +52,7 @@ use crate::patience;
 use crate::store::{CHUNK_SIZE, Chunks, Object, Room, Store};
 use ahead::Ahead;
 use counters::Counters;
-use entry::Entry;
+use entry::{Entry, Order};
 use fetch::Source;
 use keeper::Keeper;
 use ledger::Ledger;
@@ -283,12 +283,29 @@ impl Cache {
                 return Err(patience::timed_out(patience));
             }
             let next = (at + fetch::AT_ONCE as u64).min(end);
-            if !entry.ask_ahead(&self.inner, at, next) {
+            if !entry.ask_ahead(&self.inner, at, next, &Order::KNOWN) {
                 return Ok(false);
             }
             at = next;
         }
         Ok(true)
+    }
+
+    /// Asks for chunks `first..end` of `object`, and for what comes by the same requests, without waiting.
+    ///
+    /// # Errors
+    /// Those of `chunks`.
+    pub fn ask_around(
+        &self,
+        object: &Object,
+        chunks: impl FnOnce() -> Result<Chunks>,
+        first: u64,
+        end: u64,
+    ) -> Result<()> {
+        let entry = self.inner.entry(object)?;
+        entry.prepare(&self.inner, object, || Ok(Units::Chunks(chunks()?)))?;
+        entry.ask_ahead(&self.inner, first, end, &Order::AHEAD);
+        Ok(())
     }
 
     /// Waits until chunks `first..end` of `object`, which were asked for, are here.

@@ -3,11 +3,11 @@
 //! ```text
 //! <store>/
 //!   fabric.json                              format number, feature flags, a random id
-//!   blobs/<aa>/<sha256>                      one large file each; also locks and other documents
-//!   packs/<aa>/<sha256>                      the small files of one layer, one after the other
-//!   catalogs/<aa>/<sha256>                   a layer's tree as an immutable SQLite file
-//!   layers/<aa>/<digest>.json                a layer's document; a layer exists when this exists
-//!   keys/<aa>/<sha256>.json                  lock entry + ABI -> layer digest
+//!   blobs/<sha256>                           one large file each; also locks and other documents
+//!   packs/<sha256>                           the small files of one layer, one after the other
+//!   catalogs/<sha256>                        a layer's tree as an immutable SQLite file
+//!   layers/<digest>.json                     a layer's document; a layer exists when this exists
+//!   keys/<sha256>.json                       lock entry + ABI -> layer digest
 //!   interpreters/<name>.json                 a Python that environments can run on
 //!   envs/<workflow>/<node>/versions/<n>.json immutable version documents
 //!   envs/<workflow>/<node>/current/<seq>.json which version is current; the highest sequence number wins; from 2 on
@@ -55,7 +55,8 @@ pub use fsck::{Finding, FsckReport, Severity};
 pub use index::Index;
 pub use layer::{Bundle, Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requirement, SMALL_FILE_MAX};
 pub use layer_writer::{LayerWriter, Staged, StagedKind};
-pub use object::{Object, ObjectFile, Room};
+pub(crate) use object::REQUEST_MAX;
+pub use object::{Object, ObjectFile, Room, StoredChunks};
 pub use profiles::{Profile, STARTS_ENOUGH, Touched};
 pub use publish::{Named, Tried};
 pub use row::{Node, Place, Row, RowId};
@@ -71,7 +72,7 @@ use crate::environment::{Digest, Document, Interpreter};
 use crate::error::{Error, IoContext, Kind, Result};
 
 /// The store format that this program writes.
-pub const STORE_FORMAT: u32 = 2;
+pub const STORE_FORMAT: u32 = 3;
 
 /// Features that this program understands, of the kind that makes a store unreadable without them.
 const INCOMPATIBLE_KNOWN: &[&str] = &[ZSTD_OBJECTS];
@@ -259,7 +260,7 @@ impl Store {
     pub(super) fn small_file_max(&self) -> u64 {
         match self.codec() {
             Codec::Raw => SMALL_FILE_MAX,
-            Codec::Zstd => 1 << 20,
+            Codec::Zstd => 4 << 20,
         }
     }
 
@@ -297,32 +298,33 @@ impl Store {
         .hint("upgrade envfabric on this machine to write to this store"))
     }
 
-    fn sharded(&self, room: &str, name: &str) -> PathBuf {
-        self.root.join(room).join(&name[..2]).join(name)
+    /// Rooms are flat: each level of directories would cost a node that has seen nothing yet one more request an object.
+    fn place(&self, room: &str, name: &str) -> PathBuf {
+        self.root.join(room).join(name)
     }
 
     /// Where a blob lies.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.sharded("blobs", &digest.to_string())
+        self.place("blobs", &digest.to_string())
     }
 
     /// Where a pack lies.
     pub fn pack_path(&self, digest: &Digest) -> PathBuf {
-        self.sharded("packs", &digest.to_string())
+        self.place("packs", &digest.to_string())
     }
 
     /// Where a catalog lies.
     pub fn catalog_path(&self, catalog: &Digest) -> PathBuf {
-        self.sharded("catalogs", &catalog.to_string())
+        self.place("catalogs", &catalog.to_string())
     }
 
     /// Where a layer's document lies.
     pub fn layer_path(&self, layer: &Digest) -> PathBuf {
-        self.sharded("layers", &format!("{layer}.json"))
+        self.place("layers", &format!("{layer}.json"))
     }
 
     fn key_path(&self, key: &Digest) -> PathBuf {
-        self.sharded("keys", &format!("{key}.json"))
+        self.place("keys", &format!("{key}.json"))
     }
 
     /// Directory for files that are being written; on the same file system as everything else here.

@@ -28,6 +28,7 @@ mod documents;
 mod imports;
 mod inode;
 mod listing;
+mod loading;
 mod lru;
 mod marshal;
 mod memories;

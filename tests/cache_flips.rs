@@ -75,7 +75,7 @@ impl World {
                 let stored = fs::read(&path).unwrap();
                 let size = match codec {
                     Codec::Raw => stored.len() as u64,
-                    Codec::Zstd => u64::from_le_bytes(stored[stored.len() - 40..][..8].try_into().unwrap()),
+                    Codec::Zstd => u64::from_le_bytes(stored[16..][..8].try_into().unwrap()),
                 };
                 let object = Object { room, digest, size };
                 let bytes = ObjectFile::open(&world.store, &object).unwrap().read().unwrap();

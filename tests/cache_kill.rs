@@ -63,20 +63,18 @@ impl Drop for Program {
 fn verify(fixture: &Fixture, dir: &Path) -> u64 {
     let cache = Cache::open(Options { keep_free: 0, ..Options::at(dir) }, fixture.store.clone()).unwrap();
     for room in Room::ALL {
-        for shard in fs::read_dir(fixture.store.root().join(room.name())).unwrap() {
-            for entry in fs::read_dir(shard.unwrap().path()).unwrap() {
-                let path = entry.unwrap().path();
-                let bytes = fs::read(&path).unwrap();
-                let digest = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
-                let object = Object { room, digest, size: bytes.len() as u64 };
-                if room == Room::Catalogs {
-                    match cache.whole(&object).unwrap() {
-                        Whole::File(path, _held) => assert!(fs::read(path).unwrap() == bytes),
-                        Whole::Bytes(read) => assert!(read == bytes),
-                    }
-                } else {
-                    assert!(cache.read(&object, || Ok(Chunks::of(&bytes)), 0, object.size).unwrap() == bytes);
+        for entry in fs::read_dir(fixture.store.root().join(room.name())).unwrap() {
+            let path = entry.unwrap().path();
+            let bytes = fs::read(&path).unwrap();
+            let digest = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
+            let object = Object { room, digest, size: bytes.len() as u64 };
+            if room == Room::Catalogs {
+                match cache.whole(&object).unwrap() {
+                    Whole::File(path, _held) => assert!(fs::read(path).unwrap() == bytes),
+                    Whole::Bytes(read) => assert!(read == bytes),
                 }
+            } else {
+                assert!(cache.read(&object, || Ok(Chunks::of(&bytes)), 0, object.size).unwrap() == bytes);
             }
         }
     }

@@ -266,7 +266,8 @@ fn who_goes_through_a_file_is_read_ahead_for_and_who_jumps_is_not() {
     };
     let jumps = open("jumps");
     [40u64, 3, 21, 60, 10, 33].iter().for_each(|at| read(&jumps, *at));
-    assert_eq!((jumps.stats().ahead, jumps.stats().unpacked_bytes), (0, 6 * CHUNK_SIZE));
+    // Nothing but what comes by the same requests.
+    assert!(jumps.stats().fetches == 6 && jumps.stats().fetched_bytes <= 6 << 20, "{:#?}", jumps.stats());
     let goes = open("goes");
     (0..64).for_each(|at| read(&goes, at));
     let stats = goes.stats();

@@ -13,7 +13,7 @@ use super::units::{Known, Units};
 use super::{Inner, Key, lock};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::patience;
-use crate::store::{CHUNK_SIZE, Object};
+use crate::store::{CHUNK_SIZE, Object, ObjectFile};
 
 /// Bytes that are brought together by one read at most.
 const PIECE: u64 = AT_ONCE as u64 * CHUNK_SIZE;
@@ -176,14 +176,13 @@ impl Entry {
             inner.counters.hits.fetch_add(1, Ordering::Relaxed);
             let ahead = state.go_on_ahead(&wanted);
             drop(state);
-            self.set_off(inner, &known, ahead, true);
+            self.set_off(inner, &known, ahead, &Order::AHEAD);
             return Ok(found);
         }
         if !patience::may_wait() {
-            let (runs, behind) = (state.ask(wanted.clone()), state.ask_behind(&wanted));
+            let runs = state.ask(wanted.clone());
             drop(state);
-            self.set_off(inner, &known, runs, false);
-            self.set_off(inner, &known, behind, true);
+            self.set_off(inner, &known, runs, &Order::of(&wanted));
             return Err(patience::would_wait());
         }
         state.expect(wanted.clone());
@@ -195,7 +194,7 @@ impl Entry {
             inner.counters.misses.fetch_add(1, Ordering::Relaxed);
             let ahead = state.go_on_ahead(&wanted);
             drop(state);
-            self.set_off(inner, &known, ahead, true);
+            self.set_off(inner, &known, ahead, &Order::AHEAD);
         }
         found
     }
@@ -215,7 +214,7 @@ impl Entry {
             let runs = state.ask(wanted.clone());
             if !runs.is_empty() {
                 drop(state);
-                self.set_off(inner, known, runs, false);
+                self.set_off(inner, known, runs, &Order::of(wanted));
                 state = lock(&self.state);
                 continue;
             }
@@ -256,7 +255,7 @@ impl Entry {
     }
 
     /// Asks for those of units `first..end` that are not here, without waiting; false when there is no room for them.
-    pub(super) fn ask_ahead(self: &Arc<Self>, inner: &Arc<Inner>, first: u64, end: u64) -> bool {
+    pub(super) fn ask_ahead(self: &Arc<Self>, inner: &Arc<Inner>, first: u64, end: u64, order: &Order) -> bool {
         let mut state = lock(&self.state);
         let Some(known) = state.known.clone() else { return true };
         let count = state.units.len();
@@ -266,40 +265,88 @@ impl Entry {
         let all = !range.clone().any(|at| state.units[at] == Unit::Loose);
         let runs = state.ask(range);
         drop(state);
-        self.set_off(inner, &known, runs, true);
+        self.set_off(inner, &known, runs, order);
         all
     }
 
     /// Has `runs`, which count as asked for, fetched. Whoever holds the state must not call this.
-    fn set_off(self: &Arc<Self>, inner: &Arc<Inner>, known: &Arc<Known>, runs: Vec<Range<usize>>, ahead: bool) {
+    fn set_off(self: &Arc<Self>, inner: &Arc<Inner>, known: &Arc<Known>, runs: Vec<Range<usize>>, order: &Order) {
         for run in runs {
-            if ahead {
-                inner.counters.ahead.fetch_add(run.len() as u64, Ordering::Relaxed);
-            }
-            // Whatever becomes of the question, also if it is never asked.
-            let mut landing = Landing { entry: self.clone(), units: run.clone() };
-            let (inner, known) = (inner.clone(), known.clone());
-            let under_way = ahead.then(|| inner.ahead.begin());
-            let asked = patience::BYTES.ask(move || {
-                let _under_way = under_way;
-                // It may have queued for long.
-                lock(&landing.entry.state).note_moved(landing.units.start);
-                inner.source.fetch(&known, landing.units.clone(), &inner.counters, |arrived| match arrived {
-                    Arrived::Part => lock(&landing.entry.state).note_moved(landing.units.start),
-                    Arrived::Unit(at, bytes) => {
-                        landing.entry.take(&inner, &known, at, bytes, ahead);
-                        landing.units.start = at + 1;
-                    }
-                    Arrived::Failed(at, error) => {
-                        landing.entry.fail(at..at + 1, error.kind(), &error.chain());
-                        landing.units.start = at + 1;
-                    }
-                });
-            });
-            if let Err(error) = asked {
-                self.fail(run, error.kind(), &error.context(format!("{} cannot be fetched", label(self.key))).chain());
+            match inner.source.opened(known) {
+                Some(file) => self.send_all(inner, known, self.requests(inner, known, &file, &run, order), order),
+                // May hang.
+                None => self.send(inner, known, run, order, true),
             }
         }
+    }
+
+    fn send_all(self: &Arc<Self>, inner: &Arc<Inner>, known: &Arc<Known>, parts: Vec<Range<usize>>, order: &Order) {
+        parts.into_iter().for_each(|part| self.send(inner, known, part, order, false));
+    }
+
+    /// Has `run` fetched, which has to be divided by requests first where `divide` says so.
+    fn send(self: &Arc<Self>, inner: &Arc<Inner>, known: &Arc<Known>, run: Range<usize>, order: &Order, divide: bool) {
+        // Whatever becomes of the question, also if it is never asked.
+        let mut landing = Landing { entry: self.clone(), units: run.clone().collect() };
+        let (inner, known, order) = (inner.clone(), known.clone(), order.clone());
+        let under_way = (!order.is_for(&run)).then(|| inner.ahead.begin());
+        let asked = patience::BYTES.ask(move || {
+            let _under_way = under_way;
+            let entry = landing.entry.clone();
+            // It may have queued for long.
+            lock(&entry.state).note_moved(run.start);
+            let (mut run, mut failed) = (run, None);
+            match divide.then(|| inner.source.open(&known.object)) {
+                Some(Ok(file)) => {
+                    let mut parts = entry.requests(&inner, &known, &file, &run, &order);
+                    run = parts.remove(parts.iter().position(|part| order.is_for(part)).unwrap_or(0));
+                    landing.units = run.clone().collect();
+                    entry.send_all(&inner, &known, parts, &order);
+                }
+                Some(Err(error)) => failed = Some(error),
+                None => {}
+            }
+            let first = |left: &[usize]| {
+                let state = lock(&entry.state);
+                let is_awaited = |at: &usize| order.wanted.contains(at) || state.expected.contains_key(at);
+                left.iter().position(is_awaited).unwrap_or(0)
+            };
+            inner.source.fetch(&known, run, failed, &inner.counters, first, |arrived| match arrived {
+                Arrived::Part => lock(&entry.state).note_moved(0),
+                Arrived::Unit(at, bytes) => {
+                    let ahead = !order.wanted.contains(&at);
+                    inner.counters.ahead.fetch_add(u64::from(ahead), Ordering::Relaxed);
+                    entry.take(&inner, &known, at, bytes, ahead);
+                    landing.has(at);
+                }
+                Arrived::Failed(at, error) => {
+                    entry.fail([at], error.kind(), &error.chain());
+                    landing.has(at);
+                }
+            });
+        });
+        if let Err(error) = asked {
+            tracing::debug!(error = error.chain(), "not asked");
+        }
+    }
+
+    /// `run` by the requests that bring it, with what else these bring if `order` says so.
+    fn requests(
+        &self,
+        inner: &Inner,
+        known: &Known,
+        file: &ObjectFile,
+        run: &Range<usize>,
+        order: &Order,
+    ) -> Vec<Range<usize>> {
+        let divide = |request: Range<usize>| {
+            let part = run.start.max(request.start)..run.end.min(request.end);
+            match order.around {
+                true => lock(&self.state).ask_around(part, &request),
+                false => part,
+            }
+        };
+        inner.source.requests(known, file, run).into_iter().map(divide).collect()
     }
 
     /// Takes a unit in, compared.
@@ -329,7 +376,7 @@ impl Entry {
     }
 
     /// Notes why units did not come.
-    fn fail(&self, units: Range<usize>, kind: Kind, what: &str) {
+    fn fail(&self, units: impl IntoIterator<Item = usize>, kind: Kind, what: &str) {
         let mut state = lock(&self.state);
         for at in units {
             if state.units[at] == Unit::Asked {
@@ -342,17 +389,50 @@ impl Entry {
     }
 }
 
+/// How units are asked for.
+#[derive(Debug, Clone)]
+pub(super) struct Order {
+    /// Those that somebody waits for.
+    wanted: Range<usize>,
+    /// With all that comes by the same requests. Programs map libraries and touch them in patches, forwards and backwards:
+    /// docs/benchmarks.md has what other numbers bring.
+    around: bool,
+}
+
+impl Order {
+    /// Nobody waits for them yet, but will for what is around them.
+    pub(super) const AHEAD: Order = Order { wanted: 0..0, around: true };
+    /// It is known that these are needed, and no others.
+    pub(super) const KNOWN: Order = Order { wanted: 0..0, around: false };
+
+    fn of(wanted: &Range<usize>) -> Order {
+        Order { wanted: wanted.clone(), around: true }
+    }
+
+    /// True when somebody waits for some of `run`.
+    fn is_for(&self, run: &Range<usize>) -> bool {
+        run.start < self.wanted.end && self.wanted.start < run.end
+    }
+}
+
 /// Units on their way; whatever becomes of them, nobody waits for ever.
 struct Landing {
     entry: Arc<Entry>,
-    units: Range<usize>,
+    units: Vec<usize>,
+}
+
+impl Landing {
+    /// Unit `at` has come, or not.
+    fn has(&mut self, at: usize) {
+        self.units.retain(|unit| *unit != at);
+    }
 }
 
 impl Drop for Landing {
     fn drop(&mut self) {
         if !self.units.is_empty() {
             let what = format!("{}: a question to the store broke off", label(self.entry.key));
-            self.entry.fail(self.units.clone(), Kind::Failed, &what);
+            self.entry.fail(std::mem::take(&mut self.units), Kind::Failed, &what);
         }
     }
 }

@@ -17,9 +17,6 @@ use crate::error::Kind;
 
 /// Units asked for ahead of a reader that goes on and on.
 const AHEAD_MAX: usize = 32;
-/// Units asked for behind one that was not here: programs map libraries, and touch them in patches.
-const BEHIND: usize = 3;
-
 /// Bytes of a unit that are not in the file.
 pub(super) type InMemory = Option<Arc<Vec<u8>>>;
 
@@ -43,8 +40,24 @@ pub(super) enum Unit {
 #[derive(Debug)]
 pub(super) struct Flight {
     units: Range<usize>,
+    /// Those of them that have not landed, by their place: no more than [`AT_ONCE`].
+    up: u128,
     /// When something of it came last.
     moved: Instant,
+}
+
+impl Flight {
+    fn of(units: Range<usize>) -> Flight {
+        Flight { up: units.clone().fold(0, |up: u128, at| up | 1 << (at - units.start)), units, moved: Instant::now() }
+    }
+
+    fn bit(&self, at: usize) -> u128 {
+        if self.units.contains(&at) { 1 << (at - self.units.start) } else { 0 }
+    }
+
+    fn has(&self, at: usize) -> bool {
+        self.up & self.bit(at) != 0
+    }
 }
 
 /// Why a unit did not come, and when.
@@ -120,7 +133,7 @@ impl State {
             let run = (at..range.end).take(AT_ONCE).take_while(|at| self.units[*at] == Unit::Absent).count();
             if run > 0 {
                 (at..at + run).for_each(|at| self.put(at, Unit::Asked));
-                self.flights.push(Flight { units: at..at + run, moved: Instant::now() });
+                self.flights.push(Flight::of(at..at + run));
                 runs.push(at..at + run);
             }
             at += run.max(1);
@@ -130,26 +143,25 @@ impl State {
 
     /// Notes that something came of the flight that has unit `at`.
     pub(super) fn note_moved(&mut self, at: usize) {
-        if let Some(flight) = self.flights.iter_mut().find(|flight| flight.units.contains(&at)) {
+        if let Some(flight) = self.flights.iter_mut().find(|flight| flight.has(at)) {
             flight.moved = Instant::now();
         }
     }
 
     /// When something of `units` came last, if any of it is on its way.
     pub(super) fn moved(&self, units: &Range<usize>) -> Option<Instant> {
-        let concerned = |flight: &&Flight| flight.units.start < units.end && units.start < flight.units.end;
+        let concerned = |flight: &&Flight| units.clone().any(|at| flight.has(at));
         self.flights.iter().filter(concerned).map(|flight| flight.moved).max()
     }
 
     /// Unit `at` is not on its way any more.
     pub(super) fn landed(&mut self, at: usize, unit: Unit) {
         self.put(at, unit);
-        if let Some(flight) = self.flights.iter_mut().find(|flight| flight.units.contains(&at)) {
-            // They land in order.
-            flight.units.start = at + 1;
+        if let Some(flight) = self.flights.iter_mut().find(|flight| flight.has(at)) {
+            flight.up &= !flight.bit(at);
             flight.moved = Instant::now();
         }
-        self.flights.retain(|flight| !flight.units.is_empty());
+        self.flights.retain(|flight| flight.up != 0);
     }
 
     pub(super) fn expect(&mut self, units: Range<usize>) {
@@ -167,10 +179,16 @@ impl State {
         }
     }
 
-    /// What to ask for together with `wanted`, which are not all here; nothing of it is waited for.
-    pub(super) fn ask_behind(&mut self, wanted: &Range<usize>) -> Vec<Range<usize>> {
-        let end = (wanted.end + BEHIND).min(self.units.len());
-        self.ask(wanted.end..end)
+    /// Asks for absent units of `request` next to `run`, which is on its way: they come by the same request. Returns all
+    /// that comes by it then.
+    pub(super) fn ask_around(&mut self, run: Range<usize>, request: &Range<usize>) -> Range<usize> {
+        // What could not be had is not asked for again for nobody.
+        let is_open = |at: &usize| self.units[*at] == Unit::Absent && !self.failed.contains_key(at);
+        let before = (request.start..run.start).rev().take_while(is_open).count();
+        let behind = (run.end..request.end).take_while(is_open).count();
+        self.ask(run.start - before..run.start);
+        self.ask(run.end..run.end + behind);
+        run.start - before..run.end + behind
     }
 
     /// What to ask for ahead of a reader that goes through the object and has just read `wanted`.

@@ -82,11 +82,11 @@ impl Known {
 
     /// True when `bytes` are those of unit `at`.
     pub(super) fn is_right(&self, at: usize, bytes: &[u8]) -> bool {
-        let digest = match &self.units {
-            Units::Whole => Some(&self.object.digest),
-            Units::Chunks(chunks) => chunks.get(at),
+        let is_right = match &self.units {
+            Units::Whole => Digest::of(bytes) == self.object.digest,
+            Units::Chunks(chunks) => chunks.has(at, bytes),
         };
-        bytes.len() as u64 == self.length(at) && digest.is_some_and(|digest| Digest::of(bytes) == *digest)
+        bytes.len() as u64 == self.length(at) && is_right
     }
 
     /// Units all of whose bytes are in `file`, as far as the file system tells.

@@ -85,10 +85,8 @@ impl Store {
     ) -> Result<BTreeMap<(&'static str, Digest), u64>> {
         let mut files: Vec<(Room, PathBuf)> = Vec::new();
         for room in Room::ALL {
-            for shard in list_names(&self.root.join(room.name()))? {
-                let dir = self.root.join(room.name()).join(shard);
-                files.extend(list_names(&dir)?.into_iter().map(|name| (room, dir.join(name))));
-            }
+            let dir = self.root.join(room.name());
+            files.extend(list_names(&dir)?.into_iter().map(|name| (room, dir.join(name))));
         }
         let total = files.len();
         let done = std::sync::atomic::AtomicUsize::new(0);
@@ -120,14 +118,12 @@ impl Store {
         objects: &BTreeMap<(&'static str, Digest), u64>,
     ) -> Result<BTreeMap<Digest, LayerState>> {
         let mut digests = BTreeSet::new();
-        for shard in list_names(&self.root.join("layers"))? {
-            for name in list_names(&self.root.join("layers").join(&shard))? {
-                match name.strip_suffix(".json").and_then(|s| s.parse::<Digest>().ok()) {
-                    Some(digest) => {
-                        digests.insert(digest);
-                    }
-                    None => report.findings.push(note(format!("layers/{shard}/{name}"), "is not ours".into())),
+        for name in list_names(&self.root.join("layers"))? {
+            match name.strip_suffix(".json").and_then(|s| s.parse::<Digest>().ok()) {
+                Some(digest) => {
+                    digests.insert(digest);
                 }
+                None => report.findings.push(note(format!("layers/{name}"), "is not ours".into())),
             }
         }
         // A layer without a document was never finished, or has lost it: whoever names it will be told so.
@@ -190,19 +186,17 @@ impl Store {
         report: &mut FsckReport,
         layers: &BTreeMap<Digest, LayerState>,
     ) -> Result<()> {
-        for shard in list_names(&self.root.join("keys"))? {
-            for name in list_names(&self.root.join("keys").join(&shard))? {
-                let object = format!("keys/{shard}/{name}");
-                let Some(key) = name.strip_suffix(".json").and_then(|s| s.parse::<Digest>().ok()) else {
-                    report.findings.push(note(object, "is not ours".into()));
-                    continue;
-                };
-                match self.layer_of_key(&key) {
-                    Ok(Some(layer)) if layers.contains_key(&layer) => {}
-                    // Nothing needs it: the next build of that package makes the layer anew.
-                    Ok(_) => report.findings.push(note(object, "stands for a layer that is not there".into())),
-                    Err(e) => report.findings.push(error(object, e.chain())),
-                }
+        for name in list_names(&self.root.join("keys"))? {
+            let object = format!("keys/{name}");
+            let Some(key) = name.strip_suffix(".json").and_then(|s| s.parse::<Digest>().ok()) else {
+                report.findings.push(note(object, "is not ours".into()));
+                continue;
+            };
+            match self.layer_of_key(&key) {
+                Ok(Some(layer)) if layers.contains_key(&layer) => {}
+                // Nothing needs it: the next build of that package makes the layer anew.
+                Ok(_) => report.findings.push(note(object, "stands for a layer that is not there".into())),
+                Err(e) => report.findings.push(error(object, e.chain())),
             }
         }
         let interpreters = self.root.join("interpreters");
@@ -306,7 +300,7 @@ impl Store {
         if object.hash().map_err(told)? != expected {
             return Err("does not have the bytes of its name".into());
         }
-        if room == Room::Packs && !object.read_chunks(0, 1).map_err(told)?.0.starts_with(PACK_MAGIC) {
+        if room == Room::Packs && !object.read_chunks(0, 1).map_err(told)?.starts_with(PACK_MAGIC) {
             return Err("is not a pack".into());
         }
         Ok((expected, object.size()))

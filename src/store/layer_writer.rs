@@ -219,44 +219,41 @@ impl<'a> LayerWriter<'a> {
         if !rows.iter().any(|(_, row)| self.is_small(&row.node)) {
             return Ok(None);
         }
-        let mut writer = ObjectWriter::new(self.store)?;
-        let mut hasher = ChunkHasher::default();
-        let end = std::cell::Cell::new(0u64); // length so far
+        let mut size = PACK_MAGIC.len() as u64;
         let mut hot = 0;
         let mut seen: HashMap<Digest, u64> = HashMap::new();
-        {
-            let mut put = |bytes: &[u8]| -> Result<u64> {
-                hasher.update(bytes);
-                writer.write(bytes)?;
-                let at = end.get();
-                end.set(at + bytes.len() as u64);
-                Ok(at)
-            };
-            put(PACK_MAGIC)?;
-            for hot_ones in [true, false] {
-                for (path, row) in rows.iter_mut() {
-                    if !self.is_small(&row.node) || is_hot(path, bytecode) != hot_ones {
-                        continue;
-                    }
-                    let (Node::File { digest, place, .. }, Some(content)) = (&mut row.node, &row.content) else {
-                        continue;
-                    };
-                    let offset = match seen.get(digest) {
-                        Some(offset) => *offset,
-                        None => {
-                            let offset = put(&content.read(digest)?)?;
-                            seen.insert(*digest, offset);
-                            offset
-                        }
-                    };
-                    *place = Place::Pack { offset };
+        let mut order = Vec::new(); // of those that are written
+        for hot_ones in [true, false] {
+            for (at, (path, row)) in rows.iter_mut().enumerate() {
+                if !self.is_small(&row.node) || is_hot(path, bytecode) != hot_ones {
+                    continue;
                 }
-                hot = hot.max(if hot_ones { end.get() } else { 0 });
+                let Node::File { digest, place, size: length, .. } = &mut row.node else { continue };
+                let offset = *seen.entry(*digest).or_insert_with(|| {
+                    order.push((at, *digest));
+                    size += *length;
+                    size - *length
+                });
+                *place = Place::Pack { offset };
+            }
+            hot = hot.max(if hot_ones { size } else { 0 });
+        }
+
+        let mut writer = ObjectWriter::new(self.store, size)?;
+        let mut hasher = ChunkHasher::default();
+        let mut put = |bytes: &[u8]| {
+            hasher.update(bytes);
+            writer.write(bytes)
+        };
+        put(PACK_MAGIC)?;
+        for (at, digest) in order {
+            if let Some(content) = &rows[at].1.content {
+                put(&content.read(&digest)?)?;
             }
         }
         let (digest, chunks) = hasher.finish();
-        writer.publish(&Object { room: Room::Packs, digest, size: end.get() }, self.trust)?;
-        Ok(Some(Pack { digest, size: end.get(), hot, chunks }))
+        writer.publish(&Object { room: Room::Packs, digest, size }, self.trust)?;
+        Ok(Some(Pack { digest, size, hot, chunks }))
     }
 }
 

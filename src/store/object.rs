@@ -4,17 +4,20 @@
 //! each chunk compressed by itself, so that any of them can be had alone.
 //!
 //! ```text
-//! packed object    "envfabric-zobj1\n"
-//!                  per chunk: its bytes as a zstd frame, or as they are where that is not shorter
+//! packed object    "envfabric-zobj2\n"
+//!                  u64 bytes of the object
 //!                  per chunk: u32 stored length; the top bit says that the bytes are as they are
-//!                  u64 bytes of the object, 32 bytes sha256 of the lengths and of that number
+//!                  32 bytes sha256 of that number and the lengths
+//!                  per chunk: its bytes as a zstd frame, or as they are where that is not shorter
 //! ```
 //!
-//! Numbers are little-endian. Nothing in it is trusted: whoever reads compares chunks with their digests, which come
+//! What says where the chunks are comes first, so that one request brings it together with the first of them, which are
+//! those that are used first. Numbers are little-endian. Nothing in it is trusted: whoever reads compares chunks with their digests, which come
 //! from elsewhere.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Read, Seek, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -27,13 +30,17 @@ use super::{Codec, Store};
 use crate::environment::{Digest, Hasher};
 use crate::error::{Error, IoContext, Kind, Result};
 
-const MAGIC: &[u8; 16] = b"envfabric-zobj1\n";
+const MAGIC: &[u8; 16] = b"envfabric-zobj2\n";
 /// Of a stored length: the chunk is not compressed.
 const AS_IT_IS: u32 = 1 << 31;
-/// Bytes of the number and digest at the end.
-const END: u64 = 8 + 32;
-/// A packed object that is no longer than this is read in one go.
-const SMALL: u64 = 1 << 20;
+/// Where the lengths begin.
+const LENGTHS: usize = MAGIC.len() + 8;
+/// So many bytes of a packed object are read when it is opened: what one request of a network file system brings.
+const HEAD: u64 = 1 << 20;
+/// Requests are for whole pages.
+const PAGE: u64 = 4096;
+/// Chunks of a request at most, however well they are compressed: somebody waits for them to be unpacked.
+pub(crate) const REQUEST_MAX: u64 = 32;
 
 /// Where in the store objects of one sort are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -92,7 +99,7 @@ impl Object {
 impl Store {
     /// Where an object lies.
     pub fn object_path(&self, object: &Object) -> PathBuf {
-        self.sharded(object.room.name(), &object.digest.to_string())
+        self.place(object.room.name(), &object.digest.to_string())
     }
 
     /// The file of an object, as it lies there.
@@ -111,7 +118,7 @@ impl Store {
     /// True when `object` is there, as far as `trust` asks.
     pub(super) fn has_object(&self, object: &Object, trust: Trust) -> bool {
         // The open is what revalidates on NFS; the size is asked of the handle.
-        let Ok(file) = ObjectFile::open(self, object) else { return false };
+        let Ok(file) = ObjectFile::open_with(self, object, 0) else { return false };
         let has_size = match self.codec() {
             Codec::Raw => file.file.metadata().is_ok_and(|meta| meta.len() == object.size),
             Codec::Zstd => true,
@@ -125,7 +132,7 @@ impl Store {
         if self.has_object(&object, trust) {
             return Ok(());
         }
-        let mut writer = ObjectWriter::new(self)?;
+        let mut writer = ObjectWriter::new(self, object.size)?;
         writer.write(bytes)?;
         writer.publish(&object, trust)
     }
@@ -137,13 +144,13 @@ impl Store {
         if self.has_object(&object, trust) {
             return Ok(());
         }
-        let mut writer = ObjectWriter::new(self)?;
+        let mut writer = ObjectWriter::new(self, object.size)?;
         let (size, copied) = publish::copy_hashing(&mut input, source, |bytes| writer.write(bytes))?;
-        if copied != *digest {
+        if copied != *digest || size != object.size {
             return Err(Error::new(Kind::Failed, format!("{} changed while it was read", source.display()))
                 .hint("run the command again"));
         }
-        writer.publish(&Object { size, ..object }, trust)
+        writer.publish(&object, trust)
     }
 }
 
@@ -155,11 +162,12 @@ pub(super) struct ObjectWriter<'s> {
 }
 
 impl<'s> ObjectWriter<'s> {
-    pub(super) fn new(store: &'s Store) -> Result<Self> {
+    /// Of an object of `size` bytes.
+    pub(super) fn new(store: &'s Store, size: u64) -> Result<Self> {
         let mut temporary = Temporary::create(&store.root)?;
         let path = temporary.path().to_path_buf();
         let out = BufWriter::with_capacity(1 << 20, temporary.file().try_clone().at("writing", &path)?);
-        let sink = Sink::new(out, store.codec()).at("writing", &path)?;
+        let sink = Sink::new(out, store.codec(), size).at("writing", &path)?;
         Ok(ObjectWriter { store, temporary, sink })
     }
 
@@ -183,6 +191,8 @@ pub struct ObjectFile {
     path: PathBuf,
     object: Object,
     packed: Option<Packed>,
+    /// The first chunk of each request, see [`ObjectFile::request`].
+    requests: Box<[u32]>,
 }
 
 /// Where the chunks of a packed object are.
@@ -190,10 +200,28 @@ pub struct ObjectFile {
 struct Packed {
     /// Stored lengths, as they are in the file.
     lengths: Box<[u32]>,
-    /// Where each begins.
+    /// Where each begins, and where the last ends.
     starts: Box<[u64]>,
-    /// The whole file where it is short.
-    whole: Option<Box<[u8]>>,
+    /// The first bytes of the file, all where it is short.
+    head: Box<[u8]>,
+}
+
+/// Chunks of an object as they are stored.
+#[derive(Debug)]
+pub struct StoredChunks {
+    path: PathBuf,
+    first: u64,
+    frames: Vec<Frame>,
+    bytes: Vec<u8>,
+}
+
+/// One of them.
+#[derive(Debug)]
+struct Frame {
+    bytes: Range<usize>,
+    is_packed: bool,
+    /// Bytes of the chunk.
+    length: usize,
 }
 
 impl ObjectFile {
@@ -202,15 +230,38 @@ impl ObjectFile {
     /// # Errors
     /// [`Kind::Corrupt`] when it is missing or is not as it was written.
     pub fn open(store: &Store, object: &Object) -> Result<ObjectFile> {
+        ObjectFile::open_with(store, object, HEAD)
+    }
+
+    /// Opens `object`, with so many of its first bytes, or more.
+    fn open_with(store: &Store, object: &Object, head: u64) -> Result<ObjectFile> {
         let path = store.object_path(object);
         let file = store.open_object(object)?;
         // What is asked for is what is needed: more, read ahead by the kernel, would be requests for nothing.
         let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
         let packed = match store.codec() {
             Codec::Raw => None,
-            Codec::Zstd => Some(Packed::read(&file, &path, object.size)?),
+            Codec::Zstd => Some(Packed::read(&file, &path, object.size, head)?),
         };
-        Ok(ObjectFile { file, path, object: *object, packed })
+        let mut opened = ObjectFile { file, path, object: *object, packed, requests: Box::default() };
+        opened.requests = opened.cut();
+        Ok(opened)
+    }
+
+    /// The first chunk of each request.
+    fn cut(&self) -> Box<[u32]> {
+        let mut firsts = vec![0];
+        // The head is there already.
+        let mut begin = self.packed.as_ref().map_or(0, |packed| packed.head.len() as u64);
+        for at in 1..self.object.chunks() {
+            let first = firsts.last().copied().unwrap_or_default();
+            let fits = self.start(at + 1).is_ok_and(|end| end.saturating_sub(begin) <= HEAD);
+            if !fits || at - u64::from(first) >= REQUEST_MAX {
+                firsts.push(u32::try_from(at).unwrap_or(u32::MAX));
+                begin = self.start(at).unwrap_or_default().max(begin) / PAGE * PAGE;
+            }
+        }
+        firsts.into()
     }
 
     /// Opens what lies under the name of an object; its length is told by the file itself.
@@ -222,8 +273,7 @@ impl ObjectFile {
             Codec::Raw => stored,
             Codec::Zstd => {
                 let mut number = [0; 8];
-                let at = stored.checked_sub(END).unwrap_or(u64::MAX >> 1);
-                read_exact(&file, &path, &mut number, at)?;
+                read_exact(&file, &path, &mut number, MAGIC.len() as u64)?;
                 u64::from_le_bytes(number)
             }
         };
@@ -237,24 +287,17 @@ impl ObjectFile {
 
     /// All of its bytes, which should not be many.
     pub fn read(&self) -> Result<Vec<u8>> {
-        Ok(self.read_chunks(0, self.object.chunks())?.0)
+        self.read_chunks(0, self.object.chunks())
     }
 
     /// The sha256 of its bytes, all of which are read.
     pub fn hash(&self) -> Result<Digest> {
-        if self.packed.is_some() {
-            let mut magic = [0; MAGIC.len()];
-            read_exact(&self.file, &self.path, &mut magic, 0)?;
-            if &magic != MAGIC {
-                return Err(Error::new(Kind::Corrupt, format!("{} is not a packed object", self.path.display())));
-            }
-        }
         const AT_ONCE: u64 = 16;
         let mut hasher = Hasher::default();
         let mut at = 0;
         while at < self.object.chunks() {
             let count = AT_ONCE.min(self.object.chunks() - at);
-            hasher.update(&self.read_chunks(at, count)?.0);
+            hasher.update(&self.read_chunks(at, count)?);
             at += count;
         }
         Ok(hasher.finish())
@@ -265,28 +308,98 @@ impl ObjectFile {
         &self.path
     }
 
-    /// The bytes of `count` chunks from chunk `first` on, in one request where they are not packed small; not compared
-    /// with any digest. Also tells how many bytes were asked of the store.
+    /// The bytes of `count` chunks from chunk `first` on; not compared with any digest.
     ///
     /// # Errors
     /// [`Kind::Corrupt`] when the file is too short or does not unpack to as many bytes as it should.
-    pub fn read_chunks(&self, first: u64, count: u64) -> Result<(Vec<u8>, u64)> {
-        let size = (first..first + count).map(|at| self.object.chunk_size(at)).sum::<u64>() as usize;
-        match &self.packed {
-            None => {
-                let mut bytes = vec![0; size];
-                read_exact(&self.file, &self.path, &mut bytes, first * CHUNK_SIZE)?;
-                Ok((bytes, size as u64))
-            }
-            Some(packed) => packed.unpack(self, first as usize, count as usize, size),
+    pub fn read_chunks(&self, first: u64, count: u64) -> Result<Vec<u8>> {
+        let stored = self.read_stored(first, count)?;
+        if self.packed.is_none() {
+            return Ok(stored.bytes);
         }
+        let mut bytes = Vec::with_capacity((first..first + count).map(|at| self.object.chunk_size(at) as usize).sum());
+        for at in first..first + count {
+            bytes.append(&mut stored.unpack(at)?);
+        }
+        Ok(bytes)
+    }
+
+    /// Chunks `first..first + count` as they are stored, in one request at most.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] when the file is too short.
+    pub fn read_stored(&self, first: u64, count: u64) -> Result<StoredChunks> {
+        let (start, end) = (self.start(first)?, self.start(first + count)?);
+        let mut bytes = vec![0; (end - start) as usize];
+        let head = self.packed.as_ref().and_then(|packed| packed.head.get(start as usize..)).unwrap_or_default();
+        let known = head.len().min(bytes.len());
+        bytes[..known].copy_from_slice(&head[..known]);
+        if known < bytes.len() {
+            read_exact(&self.file, &self.path, &mut bytes[known..], start + known as u64)?;
+        }
+        let frame = |at: u64| {
+            let bytes = (self.start(at)? - start) as usize..(self.start(at + 1)? - start) as usize;
+            let is_packed = self.packed.as_ref().is_some_and(|packed| packed.lengths[at as usize] & AS_IT_IS == 0);
+            Ok(Frame { bytes, is_packed, length: self.object.chunk_size(at) as usize })
+        };
+        let frames = (first..first + count).map(frame).collect::<Result<_>>()?;
+        Ok(StoredChunks { path: self.path.clone(), first, frames, bytes })
+    }
+
+    /// Chunk `at` with those around it that one request of a network file system brings together: any two chunks of an
+    /// object are either brought by the same request or by different ones.
+    pub fn request(&self, at: u64) -> Range<u64> {
+        let behind = self.requests.partition_point(|first| u64::from(*first) <= at);
+        let end = self.requests.get(behind).map_or(self.object.chunks(), |end| u64::from(*end));
+        u64::from(self.requests[..behind].last().copied().unwrap_or_default())..end
+    }
+
+    /// Where chunk `at` begins in the file; the one behind the last, where that ends.
+    fn start(&self, at: u64) -> Result<u64> {
+        let start = match &self.packed {
+            None => (at <= self.object.chunks()).then(|| (at * CHUNK_SIZE).min(self.object.size)),
+            Some(packed) => usize::try_from(at).ok().and_then(|at| packed.starts.get(at)).copied(),
+        };
+        start.ok_or_else(|| Error::new(Kind::Failed, format!("{} has no chunk {at}", self.path.display())))
+    }
+}
+
+impl StoredChunks {
+    /// How many bytes they have as they are stored.
+    pub fn length(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// The file they are from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The bytes of chunk `at`, one of them; not compared with any digest.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] when it does not unpack to as many bytes as it should.
+    pub fn unpack(&self, at: u64) -> Result<Vec<u8>> {
+        let frame = at.checked_sub(self.first).and_then(|at| self.frames.get(at as usize));
+        let unpacked = frame.and_then(|frame| {
+            let bytes = self.bytes.get(frame.bytes.clone())?;
+            let unpacked = match frame.is_packed {
+                true => zstd::bulk::decompress(bytes, frame.length).ok()?,
+                false => bytes.to_vec(),
+            };
+            (unpacked.len() == frame.length).then_some(unpacked)
+        });
+        unpacked.ok_or_else(|| {
+            Error::new(Kind::Corrupt, format!("{} has a damaged chunk {at}", self.path.display()))
+                .hint("run `envfabric fsck` to see which environments need it")
+        })
     }
 }
 
 /// Reads all of `bytes` from `offset` on.
 fn read_exact(file: &File, path: &Path, bytes: &mut [u8], offset: u64) -> Result<()> {
     file.read_exact_at(bytes, offset).map_err(|error| match error.kind() {
-        std::io::ErrorKind::UnexpectedEof => {
+        io::ErrorKind::UnexpectedEof => {
             Error::new(Kind::Corrupt, format!("{} is shorter than its catalog says", path.display()))
                 .hint("run `envfabric fsck` to see which environments need it")
         }
@@ -295,116 +408,76 @@ fn read_exact(file: &File, path: &Path, bytes: &mut [u8], offset: u64) -> Result
 }
 
 impl Packed {
-    fn read(file: &File, path: &Path, size: u64) -> Result<Packed> {
+    /// What says where the chunks of an object of `size` bytes are, with `head` of the first bytes, or more.
+    fn read(file: &File, path: &Path, size: u64, head: u64) -> Result<Packed> {
         let damaged = || {
             Error::new(Kind::Corrupt, format!("{} is not a packed object of {size} bytes", path.display()))
                 .hint("run `envfabric fsck` to see which environments need it")
         };
         let stored = file.metadata().at("reading", path)?.len();
-        let count = Chunks::count(size) as usize;
-        let table = count as u64 * 4 + END;
-        let from = stored.checked_sub(table).filter(|from| *from >= MAGIC.len() as u64).ok_or_else(damaged)?;
-        let whole = match stored <= SMALL {
-            true => {
-                let mut bytes = vec![0; stored as usize];
-                read_exact(file, path, &mut bytes, 0)?;
-                Some(bytes.into_boxed_slice())
-            }
-            false => None,
-        };
-        let table = match &whole {
-            Some(whole) => whole[from as usize..].to_vec(),
-            None => {
-                let mut bytes = vec![0; table as usize];
-                read_exact(file, path, &mut bytes, from)?;
-                bytes
-            }
-        };
-        let (counted, seal) = table.split_at(table.len() - 32);
-        let (lengths, number) = counted.split_at(count * 4);
+        let count = Chunks::count(size);
+        // A size that no file can have is somebody's lie.
+        let first = count.checked_mul(4).and_then(|lengths| lengths.checked_add(LENGTHS as u64 + 32));
+        let first = first.filter(|first| *first <= stored).ok_or_else(damaged)?;
+        let mut head = vec![0; stored.min(first.max(head)) as usize];
+        read_exact(file, path, &mut head, 0)?;
+        let (table, seal) = head[..first as usize].split_at(first as usize - 32);
+        let counted = table.strip_prefix(MAGIC).ok_or_else(damaged)?;
+        let (number, lengths) = counted.split_at(8);
         if Digest::of(counted).as_bytes() != seal || number != size.to_le_bytes() {
             return Err(damaged());
         }
         let lengths: Box<[u32]> = lengths.as_chunks::<4>().0.iter().map(|n| u32::from_le_bytes(*n)).collect();
-        let mut at = MAGIC.len() as u64;
-        let mut starts = Vec::with_capacity(count + 1);
+        let mut at = first;
+        let mut starts = Vec::with_capacity(lengths.len() + 1);
         for length in &lengths {
             starts.push(at);
             at += u64::from(length & !AS_IT_IS);
         }
         starts.push(at);
-        if at != from {
+        if at != stored {
             return Err(damaged());
         }
-        Ok(Packed { lengths, starts: starts.into(), whole })
-    }
-
-    fn unpack(&self, of: &ObjectFile, first: usize, count: usize, size: usize) -> Result<(Vec<u8>, u64)> {
-        let (Some(start), Some(end)) = (self.starts.get(first), self.starts.get(first + count)) else {
-            return Err(Error::new(Kind::Failed, format!("{} has no such chunk", of.path.display())));
-        };
-        let stored: std::borrow::Cow<'_, [u8]> = match &self.whole {
-            Some(whole) => whole[*start as usize..*end as usize].into(),
-            None => {
-                let mut bytes = vec![0; (end - start) as usize];
-                read_exact(&of.file, &of.path, &mut bytes, *start)?;
-                bytes.into()
-            }
-        };
-        let mut bytes = Vec::with_capacity(size);
-        let mut rest = &stored[..];
-        for at in first..first + count {
-            let (frame, behind) = rest.split_at((self.lengths[at] & !AS_IT_IS) as usize);
-            rest = behind;
-            if self.lengths[at] & AS_IT_IS != 0 {
-                bytes.extend_from_slice(frame);
-                continue;
-            }
-            let length = of.object.chunk_size(at as u64) as usize;
-            let unpacked = zstd::bulk::decompress(frame, length).ok().filter(|bytes| bytes.len() == length);
-            bytes.extend(unpacked.ok_or_else(|| {
-                Error::new(Kind::Corrupt, format!("{} has a damaged chunk {at}", of.path.display()))
-                    .hint("run `envfabric fsck` to see which environments need it")
-            })?);
-        }
-        Ok((bytes, stored.len() as u64))
+        Ok(Packed { lengths, starts: starts.into(), head: head.into() })
     }
 }
 
 /// Writes an object's bytes in the way of its store.
-pub(super) enum Sink<W: Write> {
+pub(super) enum Sink<W: Write + Seek> {
     Raw(W),
-    Packed { out: W, level: i32, chunk: Vec<u8>, lengths: Vec<u8>, size: u64 },
+    Packed { out: W, level: i32, chunk: Vec<u8>, table: Vec<u8>, size: u64 },
 }
 
-impl<W: Write> Sink<W> {
-    /// Into `out`, which is empty.
-    pub(super) fn new(mut out: W, codec: Codec) -> std::io::Result<Self> {
+impl<W: Write + Seek> Sink<W> {
+    /// For `size` bytes into `out`, which is empty.
+    pub(super) fn new(mut out: W, codec: Codec, size: u64) -> io::Result<Self> {
         Ok(match codec {
             Codec::Raw => Sink::Raw(out),
             Codec::Zstd => {
-                out.write_all(MAGIC)?;
+                // Filled in at the end.
+                let first = LENGTHS as u64 + Chunks::count(size) * 4 + 32;
+                io::copy(&mut io::repeat(0).take(first), &mut out)?;
                 let chunk = Vec::with_capacity(CHUNK_SIZE as usize);
-                Sink::Packed { out, level: LEVEL, chunk, lengths: Vec::new(), size: 0 }
+                Sink::Packed { out, level: LEVEL, chunk, table: size.to_le_bytes().into(), size: 0 }
             }
         })
     }
 
     /// Takes the next bytes.
-    pub(super) fn write(&mut self, mut bytes: &[u8]) -> std::io::Result<()> {
+    pub(super) fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         match self {
             Sink::Raw(out) => out.write_all(bytes),
             Sink::Packed { chunk, .. } if chunk.len() + bytes.len() < CHUNK_SIZE as usize => {
                 chunk.extend_from_slice(bytes);
                 Ok(())
             }
-            Sink::Packed { out, level, chunk, lengths, size } => {
+            Sink::Packed { out, level, chunk, table, size } => {
                 while !bytes.is_empty() {
                     let (now, rest) = bytes.split_at((CHUNK_SIZE as usize - chunk.len()).min(bytes.len()));
                     chunk.extend_from_slice(now);
                     bytes = rest;
                     if chunk.len() == CHUNK_SIZE as usize {
-                        pack(out, *level, chunk, lengths, size)?;
+                        pack(out, *level, chunk, table, size)?;
                     }
                 }
                 Ok(())
@@ -413,16 +486,23 @@ impl<W: Write> Sink<W> {
     }
 
     /// All was written.
-    pub(super) fn finish(self) -> std::io::Result<()> {
+    ///
+    /// # Errors
+    /// When it is not as much as was said.
+    pub(super) fn finish(self) -> io::Result<()> {
         match self {
             Sink::Raw(mut out) => out.flush(),
-            Sink::Packed { mut out, level, mut chunk, mut lengths, mut size } => {
-                if !chunk.is_empty() || lengths.is_empty() {
-                    pack(&mut out, level, &mut chunk, &mut lengths, &mut size)?;
+            Sink::Packed { mut out, level, mut chunk, mut table, mut size } => {
+                if !chunk.is_empty() || table.len() == 8 {
+                    pack(&mut out, level, &mut chunk, &mut table, &mut size)?;
                 }
-                lengths.extend(size.to_le_bytes());
-                out.write_all(&lengths)?;
-                out.write_all(Digest::of(&lengths).as_bytes())?;
+                if table[..8] != size.to_le_bytes() {
+                    return Err(io::Error::other("it has another length than was said"));
+                }
+                out.seek(io::SeekFrom::Start(0))?;
+                out.write_all(MAGIC)?;
+                out.write_all(&table)?;
+                out.write_all(Digest::of(&table).as_bytes())?;
                 out.flush()
             }
         }
@@ -432,13 +512,7 @@ impl<W: Write> Sink<W> {
 /// How hard objects are compressed: see docs/benchmarks.md.
 const LEVEL: i32 = 3;
 
-fn pack(
-    out: &mut impl Write,
-    level: i32,
-    chunk: &mut Vec<u8>,
-    lengths: &mut Vec<u8>,
-    size: &mut u64,
-) -> std::io::Result<()> {
+fn pack(out: &mut impl Write, level: i32, chunk: &mut Vec<u8>, table: &mut Vec<u8>, size: &mut u64) -> io::Result<()> {
     let packed = zstd::bulk::compress(chunk, level)?;
     // What saves next to nothing is not worth unpacking.
     let length = if packed.len() < chunk.len() - chunk.len() / 16 {
@@ -448,7 +522,7 @@ fn pack(
         out.write_all(chunk)?;
         chunk.len() as u32 | AS_IT_IS
     };
-    lengths.extend(length.to_le_bytes());
+    table.extend(length.to_le_bytes());
     *size += chunk.len() as u64;
     chunk.clear();
     Ok(())
@@ -484,7 +558,7 @@ mod tests {
                 let file = ObjectFile::open(&store, &object).unwrap();
                 assert_eq!((file.read().unwrap(), file.hash().unwrap()), (bytes.clone(), object.digest));
                 for (at, chunk) in bytes.chunks(CHUNK_SIZE as usize).enumerate() {
-                    assert_eq!(file.read_chunks(at as u64, 1).unwrap().0, chunk);
+                    assert_eq!(file.read_chunks(at as u64, 1).unwrap(), chunk);
                 }
                 let named = ObjectFile::open_named(&store, Room::Blobs, object.digest).unwrap();
                 assert_eq!(named.size(), length as u64);

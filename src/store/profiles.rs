@@ -18,7 +18,7 @@ use crate::error::{Error, Kind, Result};
 /// Starts after which a profile is taken for complete.
 pub const STARTS_ENOUGH: u32 = 3;
 /// Chunks that are not touched are brought along where they lie between touched ones, up to so many: a request less.
-const GAP: u64 = 2;
+const GAP: u64 = 4;
 
 /// What programs of a version touched when they started.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use super::Tree;
+use super::loading;
 use super::lru::Lru;
 use crate::cache::{Cache, Held};
 use crate::environment::{Digest, Document};
@@ -65,12 +66,20 @@ impl Tree {
             }
             (Some(cache), Some(layer)) => {
                 let chunks = || self.with_catalog(layer, |catalog| catalog.chunks(&at.object.digest, at.object.size));
-                if at.object.room == Room::Packs && self.begun.get(&at.object).is_none() {
+                if at.object.room == Room::Packs && self.begun.get(&at.object).is_none() && !self.is_preparing() {
                     let hot = self.layer_doc(layer)?.pack_hot.div_ceil(CHUNK_SIZE);
-                    cache.ask_ahead(&at.object, chunks, 0, hot, usize::MAX)?;
+                    cache.ask_around(&at.object, chunks, 0, hot)?;
                     self.begun.put(at.object, ());
                 }
-                cache.read(&at.object, chunks, position, size)
+                let bytes = cache.read(&at.object, chunks, position, size)?;
+                if offset == 0 && size < at.size {
+                    for range in loading::ranges(&bytes) {
+                        let first = (at.offset + range.start) / CHUNK_SIZE;
+                        let end = (at.offset + range.end.min(at.size)).div_ceil(CHUNK_SIZE);
+                        cache.ask_around(&at.object, chunks, first, end)?;
+                    }
+                }
+                Ok(bytes)
             }
         }
     }

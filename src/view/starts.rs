@@ -11,7 +11,7 @@
 //! several cold starts read.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -39,6 +39,8 @@ pub(super) struct Starts {
     recorded: Mutex<HashMap<u32, Recording>>,
     queue: Mutex<VecDeque<Task>>,
     queued: Condvar,
+    /// Starts that are still being prepared.
+    preparing: AtomicUsize,
     warmed: Mutex<HashMap<(u32, bool), Arc<Warming>>>,
     ended: AtomicBool,
 }
@@ -108,7 +110,13 @@ impl Tree {
         if self.records {
             self.record(version);
         }
+        self.starts.preparing.fetch_add(1, Ordering::Relaxed);
         self.enqueue(Task::Start(version));
+    }
+
+    /// True while it is being found out, or asked for, what a start needs: then nothing is asked for by guessing.
+    pub(super) fn is_preparing(&self) -> bool {
+        self.starts.preparing.load(Ordering::Relaxed) > 0
     }
 
     fn enqueue(&self, task: Task) {
@@ -215,6 +223,7 @@ impl Tree {
                     if let Err(error) = self.prepare_start(version) {
                         tracing::debug!(error = error.chain(), "nothing is brought ahead of a start");
                     }
+                    self.starts.preparing.fetch_sub(1, Ordering::Relaxed);
                 }
                 Task::Warm(version, all, warming) => {
                     if let Err(error) = self.bring(version, all, &warming) {
@@ -283,6 +292,7 @@ impl Tree {
         let object = touched.object();
         // A profile is not to be believed more than the catalog.
         let chunks = || self.with_catalog(&touched.layer, |catalog| catalog.chunks(&object.digest, object.size));
+        self.begun.put(object, ());
         for (first, end) in &touched.runs {
             if self.starts.ended.load(Ordering::Relaxed) || !cache.ask_ahead(&object, chunks, *first, *end, AHEAD)? {
                 return Ok(false);

@@ -14,7 +14,7 @@ fn lock_of(world: &World, name: &str) -> PathBuf {
     let shown = world.json(["show", name]);
     let blob = shown["lock"]["blob"].as_str().unwrap();
     let path = world.dir().join(format!("pylock.{}.toml", name.replace('/', "-")));
-    fs::copy(world.store().join("blobs").join(&blob[..2]).join(blob), &path).unwrap();
+    fs::copy(world.store().join("blobs").join(blob), &path).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
     path
 }
@@ -188,11 +188,11 @@ fn layer_files(world: &World, name: &str, package: &str) -> (PathBuf, serde_json
     let shown = world.json(["show", name]);
     let all = shown["packages"].as_array().unwrap();
     let layer = all.iter().find(|p| p["name"] == package).unwrap()["layer"].as_str().unwrap().to_string();
-    let base = world.store().join("layers").join(&layer[..2]);
+    let base = world.store().join("layers");
     let doc = fs::read_to_string(base.join(format!("{layer}.json"))).unwrap();
     let doc: serde_json::Value = serde_json::from_str(&doc).unwrap();
     let catalog = doc["catalog"].as_str().unwrap();
-    (world.store().join("catalogs").join(&catalog[..2]).join(catalog), doc)
+    (world.store().join("catalogs").join(catalog), doc)
 }
 
 fn damage(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
@@ -212,7 +212,7 @@ fn a_truncated_catalog_a_missing_blob_and_a_short_pack_are_told_and_harm_nothing
     let (six_catalog, _) = layer_files(&world, "damage/a", "six");
     let object = |room: &str, digest: &serde_json::Value| {
         let digest = digest.as_str().unwrap();
-        world.store().join(room).join(&digest[..2]).join(digest)
+        world.store().join(room).join(digest)
     };
     let site = "lib/python3.11/site-packages";
     let read = |path: &Path| clean(Command::new("cat").arg(path)).stdout(Stdio::null()).output().unwrap();
@@ -417,10 +417,10 @@ fn what_was_lost_of_a_layer_comes_back_when_it_is_built_again() {
     world.ok(["create", "lost/a", "six", "idna", "--python", &python]);
     let (catalog, doc) = layer_files(&world, "lost/a", "six");
     let pack = doc["pack"].as_str().unwrap();
-    let pack = world.store().join("packs").join(&pack[..2]).join(pack);
-    let object = |room: &str, name: &str| world.store().join(room).join(&name[..2]).join(name);
+    let pack = world.store().join("packs").join(pack);
+    let object = |room: &str, name: &str| world.store().join(room).join(name);
     let digest = doc["digest"].as_str().unwrap();
-    let document = world.store().join("layers").join(&digest[..2]).join(format!("{digest}.json"));
+    let document = world.store().join("layers").join(format!("{digest}.json"));
     let summary = world.json(["show", "lost/a"])["summaries"][0]["blob"].as_str().unwrap().to_string();
     let summary = object("blobs", &summary);
     // What lies beside the layers' own catalogs is that of all together.
@@ -434,7 +434,7 @@ fn what_was_lost_of_a_layer_comes_back_when_it_is_built_again() {
         fsck_is_clean(&world);
     }
     let lock = world.json(["show", "lost/a"])["lock"]["blob"].as_str().unwrap().to_string();
-    fs::remove_file(world.store().join("blobs").join(&lock[..2]).join(&lock)).unwrap();
+    fs::remove_file(world.store().join("blobs").join(&lock)).unwrap();
     assert_eq!(world.output(["fsck"]).status.code(), Some(1));
     world.ok(["create", "lost/a", "six", "idna", "--python", &python, "--rebuild"]);
     fsck_is_clean(&world);
