@@ -271,10 +271,10 @@ fn who_goes_through_a_file_is_read_ahead_for_and_who_jumps_is_not() {
     let goes = open("goes");
     (0..64).for_each(|at| read(&goes, at));
     let stats = goes.stats();
-    // Few requests, most of it before it was asked for, and nothing twice.
+    // Requests of a MiB but for the first, most of it before it was asked for, and nothing twice.
     assert_eq!(stats.unpacked_bytes, object.size);
     assert!(stats.ahead > 40 && stats.ahead_used == stats.ahead, "{stats:#?}");
-    assert!(stats.fetches < 16, "{stats:#?}");
+    assert!(stats.fetches <= 17, "{stats:#?}");
 }
 
 #[test]

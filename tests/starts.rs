@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::{Fixture, SITE, noise, until};
+use common::{Fixture, SITE, file, noise, until};
 use envfabric::cache;
 use envfabric::mount::{self, Mounted, Options, mount as mount_store, stats, warm};
 use envfabric::store::{CHUNK_SIZE, Index, Store};
@@ -129,6 +129,31 @@ fn what_a_first_start_reads_is_brought_to_the_next_cold_node_when_python_is_foll
     }
     let (sequence, enough) = behind.store().profile(&behind.fixture.name("demo/a"), 1).unwrap().unwrap();
     assert!(enough.is_enough() && enough.objects == profile.objects && sequence <= 3, "{sequence} {enough:#?}");
+}
+
+#[test]
+fn what_is_known_of_another_version_serves_the_layers_that_are_the_same() {
+    needs_a_nas!();
+    let behind = Behind::new();
+    let first = behind.node("first");
+    first.start();
+    first.end();
+    let mut layers = behind.fixture.packages();
+    layers.pop();
+    layers.push(behind.fixture.layer("delta", vec![file(format!("{SITE}/delta.py"), "name = \"delta\"\n")]));
+    assert_eq!(behind.fixture.publish("demo/a", layers), 2);
+    let second = behind.node("second");
+    let venv = second.root().join("demo/a/.versions/2/.venv");
+    fs::read_link(venv.join("bin/python")).unwrap();
+    until("the large file that the other version's starts read is here", || {
+        second.cache_stats().unpacked_bytes >= 700_000
+    });
+    behind.nas.command("hang blobs/");
+    assert_eq!(fs::read(venv.join(SITE).join("alpha/data/big.bin")).unwrap(), noise(700_000, 100));
+    behind.nas.command("heal");
+    second.end();
+    let own = behind.store().profile(&behind.fixture.name("demo/a"), 2).unwrap();
+    assert_eq!(own.unwrap().1.starts, 1, "it has one of its own now");
 }
 
 #[test]

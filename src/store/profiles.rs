@@ -131,6 +131,16 @@ impl Store {
         Ok(Some((sequence, profile)))
     }
 
+    /// What is known of the starts of another version of `name`, the one whose number is nearest to `number`.
+    pub fn profile_like(&self, name: &EnvName, number: u64) -> Result<Option<Profile>> {
+        let numbers = list_names(&self.env_dir(name).join("profiles"))?;
+        let others = numbers.iter().filter_map(|name| name.parse::<u64>().ok()).filter(|other| *other != number);
+        match others.min_by_key(|other| (number.abs_diff(*other), *other > number)) {
+            Some(other) => Ok(self.profile(name, other)?.map(|(_, profile)| profile)),
+            None => Ok(None),
+        }
+    }
+
     /// Adds `start` to what is known of the starts of a version. One that shows nothing new counts as a start even if not
     /// all of it was seen: there is no more to learn from its like.
     pub fn add_profile(&self, name: &EnvName, number: u64, start: &Profile) -> Result<Profile> {

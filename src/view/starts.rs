@@ -54,13 +54,15 @@ struct Recording {
     /// Large files that were opened.
     opened: HashMap<store::Object, Digest>,
     chunks: HashMap<store::Object, BTreeSet<u64>>,
+    /// What was brought because another version needs it.
+    guessed: HashMap<store::Object, Touched>,
 }
 
 impl Recording {
     fn begin() -> Recording {
         let now = Instant::now();
-        let (order, opened, chunks) = Default::default();
-        Recording { begun: now, last: now, order, opened, chunks }
+        let (order, opened, chunks, guessed) = Default::default();
+        Recording { begun: now, last: now, order, opened, chunks, guessed }
     }
 
     /// What was read of `layers`.
@@ -71,10 +73,13 @@ impl Recording {
             let runs = chunks.into_iter().flatten().map(|at| (*at, at + 1)).collect();
             Touched { room: object.room, digest: object.digest, size: object.size, layer, runs }
         });
-        let profile = Profile::of_start(touched.collect());
-        // What was opened and not read here was read from the kernel's memory or in place: there is more to learn.
-        let mut opened = self.opened.iter().filter(|(_, layer)| layers.contains(*layer));
-        let unseen = opened.any(|(object, _)| !self.chunks.contains_key(object));
+        // What was opened and not read here was read from the kernel's memory or in place: there is more to learn, unless
+        // it was here only because it was guessed right.
+        let opened = self.opened.iter().filter(|(_, layer)| layers.contains(*layer));
+        let unseen = opened.map(|(object, _)| object).filter(|object| !self.chunks.contains_key(*object));
+        let guessed: Vec<_> = unseen.map(|object| self.guessed.get(object)).collect();
+        let unseen = guessed.iter().any(Option::is_none);
+        let profile = Profile::of_start(touched.chain(guessed.into_iter().flatten().cloned()).collect());
         Profile { starts: u32::from(!unseen), ..profile }
     }
 }
@@ -265,10 +270,27 @@ impl Tree {
 
     fn profile_of(&self, version: u32) -> Result<Option<Profile>> {
         let (env, number) = self.version_slots.key(version).ok_or_else(gone)?;
+        self.within_patience(move |store| Ok(store.profile(&env, number)?.map(|(_, profile)| profile)))
+    }
+
+    /// What starts of another version touched of the layers that this one has as well.
+    fn guess(&self, version: u32) -> Result<Vec<Touched>> {
+        let (env, number) = self.version_slots.key(version).ok_or_else(gone)?;
+        let Some(profile) = self.within_patience(move |store| store.profile_like(&env, number))? else {
+            return Ok(Vec::new());
+        };
+        let layers: HashSet<Digest> =
+            self.layers(&*self.version(version)?)?.docs.iter().map(|doc| doc.digest).collect();
+        Ok(profile.objects.into_iter().filter(|touched| layers.contains(&touched.layer)).collect())
+    }
+
+    fn within_patience<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce(&store::Store) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let store = self.store.clone();
-        let ask = move || store.profile(&env, number);
         let limit = self.cache.as_ref().map_or(patience::LIMIT, |cache| cache.patience());
-        Ok(patience::within(limit, ask)?.map(|(_, profile)| profile))
+        patience::within(limit, move || ask(&store))
     }
 
     fn prepare_start(&self, version: u32) -> Result<()> {
@@ -277,7 +299,17 @@ impl Tree {
             self.take_recorded(version);
         }
         if let Some(cache) = &self.cache {
-            for touched in profile.iter().flat_map(|profile| &profile.objects) {
+            let known = match profile {
+                Some(profile) => profile.objects,
+                None => {
+                    let guessed = self.guess(version)?;
+                    if let Some(recording) = lock(&self.starts.recorded).get_mut(&version) {
+                        recording.guessed = guessed.iter().map(|touched| (touched.object(), touched.clone())).collect();
+                    }
+                    guessed
+                }
+            };
+            for touched in &known {
                 // Without room, what is brought would be gone before it is asked for.
                 if !self.ask_for(cache, touched)? {
                     break;
@@ -343,7 +375,12 @@ impl Tree {
         let touched = match (all, self.profile_of(version)?) {
             (false, Some(profile)) => profile.objects,
             // Nothing is known of it: what programs are likely to need.
-            (false, None) => self.likely(version)?,
+            (false, None) => {
+                let mut guessed = self.guess(version)?;
+                let packs: HashSet<_> = guessed.iter().map(Touched::object).collect();
+                guessed.extend(self.likely(version)?.into_iter().filter(|likely| !packs.contains(&likely.object())));
+                guessed
+            }
             (true, _) => self.everything(version)?,
         };
         let total = touched.iter().fold(0, |sum: u64, touched| sum.saturating_add(touched.bytes()));
