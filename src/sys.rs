@@ -57,6 +57,14 @@ pub(crate) fn few_heaps(arenas: i32) {
     let _ = arenas;
 }
 
+/// Lets this thread run when others have little to do. Where the system does not allow it, it runs as before.
+pub(crate) fn give_way() {
+    // SAFETY: of numbers alone; 0 is the calling thread (Linux counts niceness by thread).
+    unsafe {
+        libc::setpriority(libc::PRIO_PROCESS, 0, 10);
+    }
+}
+
 /// Takes ownership of a descriptor that was just received through a socket and is known to nobody else.
 pub(crate) fn own(descriptor: RawFd) -> io::Result<OwnedFd> {
     if descriptor < 0 {
