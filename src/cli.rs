@@ -11,6 +11,7 @@ mod daemon;
 mod diff;
 mod doctor;
 mod fsck;
+mod gc;
 mod init;
 mod interrupt;
 mod list;
@@ -96,6 +97,7 @@ enum Verb {
     Warm(warm::Warm),
     Profile(profile::Profile),
     Stats(stats::Stats),
+    Gc(gc::Gc),
     Fsck(fsck::Fsck),
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
@@ -210,6 +212,7 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
         Verb::Warm(verb) => verb.run(&context),
         Verb::Profile(verb) => verb.run(&context),
         Verb::Stats(verb) => verb.run(&context),
+        Verb::Gc(verb) => verb.run(&context),
         Verb::Fsck(verb) => verb.run(&context),
         Verb::Doctor(verb) => verb.run(&context),
         Verb::Completions(_) | Verb::Man(_) => Ok(ExitCode::SUCCESS),

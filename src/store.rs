@@ -12,6 +12,9 @@
 //!   envs/<workflow>/<node>/versions/<n>.json immutable version documents
 //!   envs/<workflow>/<node>/current/<seq>.json which version is current; the highest sequence number wins; from 2 on
 //!   envs/<workflow>/<node>/profiles/<n>/<seq>.json what first starts of a version read; nothing needs them
+//!   leases/<id>.json                         who uses which versions
+//!   trash/<generation>/...                   what was collected lately, under its path; readers look here, too
+//!   quarantine/                              damaged files that were replaced or of no use
 //!   tmp/                                     files that are being written
 //! ```
 //!
@@ -21,16 +24,21 @@
 //! them, documents before pointers, so a reader that follows pointers never meets half of anything. Readers open and
 //! read; they never trust directory times or a `stat` (NFS caches both).
 //!
+//! **Collecting** needs no locks either: see `gc`.
+//!
 //! **What is lost by a crash** is what lies in `tmp/`, nothing else.
 
 mod catalog;
 mod chunks;
+pub mod disk;
 mod environments;
 mod fsck;
+mod gc;
 mod hot;
 mod index;
 mod layer;
 mod layer_writer;
+mod leases;
 mod object;
 mod profiles;
 mod publish;
@@ -38,6 +46,7 @@ mod row;
 mod seal;
 mod spine;
 mod summary;
+mod trash;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -52,9 +61,11 @@ pub use chunks::{CHUNK_SIZE, Chunks};
 pub(crate) use environments::host;
 pub use environments::{Claimed, Pointer};
 pub use fsck::{Finding, FsckReport, Severity};
+pub use gc::{Amount, GRACE, GcOptions, GcReport, GcStep, Keep};
 pub use index::Index;
 pub use layer::{Bundle, Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requirement, SMALL_FILE_MAX};
 pub use layer_writer::{LayerWriter, Staged, StagedKind};
+pub use leases::{Lease, LeaseDoc, Leased, STALE as LEASE_STALE};
 pub use object::{Object, ObjectFile, Room};
 pub use profiles::{Profile, STARTS_ENOUGH, Touched};
 pub use publish::{Named, Tried};
@@ -161,7 +172,10 @@ impl Store {
             .at("reading", root)?
             .filter_map(|entry| entry.ok())
             .map(|entry| entry.file_name().to_string_lossy().into_owned())
-            .find(|name| !ROOM_NAMES.contains(&name.as_str()) && name != "lost+found");
+            .find(|name| {
+                let name = name.as_str();
+                !ROOM_NAMES.contains(&name) && !LATER_NAMES.contains(&name) && name != "lost+found"
+            });
         if let Some(foreign) = foreign {
             return Err(Error::new(Kind::Invalid, format!("{} is not empty: it has {foreign:?}", root.display()))
                 .hint("name an empty or missing directory for the store"));
@@ -353,10 +367,20 @@ impl Store {
             && blobs.into_iter().all(|(blob, size)| is_there(Room::Blobs, blob, size))
     }
 
-    /// True when the documents of all `layers` are there.
+    /// True when the documents of all `layers` are there, to be used for something new.
     pub(crate) fn has_layers(&self, layers: &[Digest]) -> bool {
+        in_parallel(layers, |layer| self.has_layer(layer)).into_iter().all(|there| there)
+    }
+
+    /// True when the document of `layer` is in its place, to be used for something new; then what it names is there, too.
+    pub(super) fn has_layer(&self, layer: &Digest) -> bool {
         // The open is what revalidates on NFS.
-        in_parallel(layers, |layer| fs::File::open(self.layer_path(layer)).is_ok()).into_iter().all(|there| there)
+        let path = self.layer_path(layer);
+        match fs::File::open(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => self.bring_back_layer(layer).unwrap_or(false),
+            Err(_) => false,
+            Ok(_) => self.reuse(&path).is_ok(),
+        }
     }
 
     /// True when the blob of `document` is there, as far as its length tells.
@@ -383,8 +407,8 @@ impl Store {
     /// A layer's document.
     pub fn layer(&self, layer: &Digest) -> Result<LayerDoc> {
         let path = self.layer_path(layer);
-        let doc: LayerDoc =
-            read_json(&path).map_err(|e| e.context(format!("layer {} cannot be read", layer.short())))?;
+        let read = self.read_anywhere(&path).and_then(|bytes| parse(&path, &bytes));
+        let doc: LayerDoc = read.map_err(|e| e.context(format!("layer {} cannot be read", layer.short())))?;
         if doc.digest != *layer {
             return Err(Error::new(Kind::Corrupt, format!("{} describes another layer", path.display()))
                 .hint("run `envfabric fsck`"));
@@ -400,7 +424,16 @@ impl Store {
     /// Opens the catalog of the layer with this document.
     pub fn catalog_of(&self, doc: &LayerDoc) -> Result<Catalog> {
         match self.codec() {
-            Codec::Raw => Catalog::open(&self.catalog_path(&doc.catalog), &doc.digest),
+            Codec::Raw => {
+                let path = self.catalog_path(&doc.catalog);
+                match Catalog::open(&path, &doc.digest) {
+                    Err(error) if error.is_not_found() => match self.open_anywhere(&path) {
+                        Ok((_, there)) => Catalog::open(&there, &doc.digest),
+                        Err(_) => Err(error),
+                    },
+                    other => other,
+                }
+            }
             Codec::Zstd => {
                 let object = doc.catalog_object();
                 Catalog::of_bytes(ObjectFile::open(self, &object)?.read()?, &self.object_path(&object), &doc.digest)
@@ -414,6 +447,15 @@ impl Store {
             Ok(doc) => Ok(Some(doc.layer)),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
+        }
+    }
+
+    /// The same, of a key that may lie in the trash.
+    fn layer_of_key_anywhere(&self, key: &Digest) -> Result<Option<Digest>> {
+        let path = self.key_path(key);
+        match self.read_anywhere(&path).and_then(|bytes| parse::<KeyDoc>(&path, &bytes)) {
+            Err(error) if error.is_not_found() => Ok(None),
+            other => Ok(Some(other?.layer)),
         }
     }
 
@@ -448,13 +490,26 @@ impl Store {
         Ok(found)
     }
 
+    fn interpreter_path(&self, interpreter: &StoredInterpreter) -> PathBuf {
+        self.root.join("interpreters").join(format!("{}.json", interpreter.name))
+    }
+
+    /// True when an interpreter of the store is there with its layers, to be used for something new.
+    pub(crate) fn has_interpreter(&self, interpreter: &StoredInterpreter) -> bool {
+        self.reuse(&self.interpreter_path(interpreter)).is_ok()
+            && self.has_layers(&[interpreter.layer, interpreter.scaffold])
+    }
+
     /// Publishes an interpreter; one with the same name is the same interpreter and stays.
     pub fn publish_interpreter(&self, interpreter: &StoredInterpreter) -> Result<()> {
         self.require_writable()?;
-        let path = self.root.join("interpreters").join(format!("{}.json", interpreter.name));
+        let path = self.interpreter_path(interpreter);
         publish::bytes(&self.root, &path, &to_json(interpreter)?).map(|_| ())
     }
 }
+
+/// Directories that a store gets when there is something for them.
+const LATER_NAMES: [&str; 3] = ["leases", "trash", "quarantine"];
 
 /// Directories of a store.
 const ROOM_NAMES: [&str; 8] = ["blobs", "packs", "catalogs", "layers", "keys", "interpreters", "envs", "tmp"];
@@ -475,8 +530,12 @@ pub fn now() -> Timestamp {
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = publish::read(path)?;
-    seal::read(&bytes).map_err(|why| {
+    parse(path, &publish::read(path)?)
+}
+
+/// What the document at `path` with these bytes says.
+fn parse<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
+    seal::read(bytes).map_err(|why| {
         let hint = "run `envfabric fsck` to see what is affected";
         match why {
             Unreadable::Broken => Error::new(Kind::Corrupt, format!("{} is damaged", path.display())).hint(hint),

@@ -13,12 +13,13 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::seal::{self, Unreadable};
-use super::{Store, in_parallel, list_dirs, list_names, now, publish, read_json, to_json};
+use super::{Store, disk, in_parallel, list_dirs, list_names, now, publish, read_json, to_json};
 use crate::environment::{EnvName, VERSION_FORMAT, Version};
 use crate::error::{Error, IoContext, Kind, Result};
 use std::fs::File;
 use std::io::ErrorKind::{NotADirectory, NotFound};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// `current/<seq>.json`: which version is current since when.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,11 +65,11 @@ impl Store {
         self.root.join("envs").join(name.workflow()).join(name.node())
     }
 
-    fn version_path(&self, name: &EnvName, number: u64) -> PathBuf {
+    pub(super) fn version_path(&self, name: &EnvName, number: u64) -> PathBuf {
         self.env_dir(name).join("versions").join(format!("{number}.json"))
     }
 
-    fn pointer_path(&self, name: &EnvName, sequence: u64) -> PathBuf {
+    pub(super) fn pointer_path(&self, name: &EnvName, sequence: u64) -> PathBuf {
         self.env_dir(name).join("current").join(format!("{sequence}.json"))
     }
 
@@ -135,7 +136,7 @@ impl Store {
     /// [`Kind::NotFound`] when there is none of that number, [`Kind::Unsupported`] when it is of a newer format.
     pub fn version(&self, name: &EnvName, number: u64) -> Result<Version> {
         let path = self.version_path(name, number);
-        let bytes = publish::read(&path).map_err(|error| match error.is_not_found() {
+        let bytes = self.read_anywhere(&path).map_err(|error| match error.is_not_found() {
             true => Error::new(Kind::NotFound, format!("{name} has no version {number}"))
                 .hint(format!("see `envfabric versions {name}`")),
             false => error,
@@ -209,7 +210,7 @@ impl Store {
         }
     }
 
-    fn read_pointer(&self, name: &EnvName, sequence: u64) -> Result<Pointer> {
+    pub(super) fn read_pointer(&self, name: &EnvName, sequence: u64) -> Result<Pointer> {
         let path = self.pointer_path(name, sequence);
         let pointer: Pointer = read_json(&path)?;
         let wrong = |kind, what: &str| Err(Error::new(kind, format!("pointer {} {what}", path.display())));
@@ -275,19 +276,21 @@ impl Store {
 
     /// Publishes `draft` under the next free number (`number` and `nonce` of the draft are ignored) and makes it
     /// current. Every object that it names must be in the store already.
-    pub fn publish_version(&self, mut draft: Version) -> Result<Claimed> {
+    pub fn publish_version(&self, draft: Version) -> Result<Claimed> {
+        self.publish_version_if(draft, |_| Ok(()))
+    }
+
+    /// The same, where the version is made current only if `whole` finds that all it names is there. It is asked when the
+    /// version can be seen: what a collector takes from then on, it brings back by itself.
+    pub(crate) fn publish_version_if(
+        &self,
+        draft: Version,
+        whole: impl FnOnce(&Version) -> Result<()>,
+    ) -> Result<Claimed> {
         self.require_writable()?;
-        let name = draft.environment.clone();
-        draft.nonce = publish::nonce()?;
-        let newest = self.last_pointer(&name)?.1.map_or(0, |p| p.newest);
-        let mut number = self.version_numbers(&name)?.last().copied().unwrap_or(0).max(newest) + 1;
-        loop {
-            draft.number = number;
-            if publish::bytes(&self.root, &self.version_path(&name, number), &to_json(&draft)?)? {
-                break;
-            }
-            number += 1;
-        }
+        let draft = self.claim_number(draft)?;
+        let (name, number) = (draft.environment.clone(), draft.number);
+        whole(&draft)?;
         match self.point(&name, Some(number), "create")? {
             Some(_) => Ok(Claimed::Current(draft)),
             None => match self.pointer(&name)? {
@@ -296,6 +299,60 @@ impl Store {
                 pointer => Ok(Claimed::Superseded(draft, pointer.map_or(number, |p| p.newest))),
             },
         }
+    }
+
+    /// Publishes `draft` under a number that was never used.
+    fn claim_number(&self, mut draft: Version) -> Result<Version> {
+        /// A collector needs the grace time to free a number. Whoever has slept for a part of it since it looked which
+        /// are used looks again.
+        const FRESH: Duration = Duration::from_secs(30);
+        let name = draft.environment.clone();
+        loop {
+            let looked = BootTime::now();
+            draft.nonce = publish::nonce()?;
+            let newest = self.last_pointer(&name)?.1.map_or(0, |p| p.newest);
+            let mut number = self.version_numbers(&name)?.last().copied().unwrap_or(0).max(newest) + 1;
+            let path = loop {
+                draft.number = number;
+                let path = self.version_path(&name, number);
+                if publish::bytes(&self.root, &path, &to_json(&draft)?)? {
+                    break path;
+                }
+                number += 1;
+            };
+            // Version 1 is free only where there never was a pointer.
+            if looked.elapsed() < FRESH || number == 1 {
+                return Ok(draft);
+            }
+            // Ours, and nothing points to it.
+            disk::remove(&path).at("removing", &path)?;
+        }
+    }
+
+    /// Lets the newest number ever used be at least `number`, which is then never given again.
+    pub(super) fn ensure_newest(&self, name: &EnvName, number: u64) -> Result<()> {
+        loop {
+            let (last, now_current) = self.last_pointer(name)?;
+            if now_current.as_ref().is_some_and(|pointer| pointer.newest >= number) {
+                return Ok(());
+            }
+            let pointer = Pointer {
+                format: 1,
+                sequence: last + 1,
+                version: now_current.and_then(|pointer| pointer.version),
+                newest: number,
+                at: now(),
+                by: host(),
+                reason: "collect".into(),
+                nonce: publish::nonce()?,
+            };
+            publish::bytes(&self.root, &self.pointer_path(name, pointer.sequence), &to_json(&pointer)?)?;
+        }
+    }
+
+    /// The sequence numbers of the pointers that are there, ascending.
+    pub(super) fn pointer_sequences(&self, name: &EnvName) -> Result<Vec<u64>> {
+        numbers(&self.env_dir(name).join("current"))
     }
 
     /// The version that was current before the environment was removed, or that is current.
@@ -308,13 +365,51 @@ impl Store {
         }
     }
 
-    /// Makes version `number` current, whatever is now.
+    /// Makes version `number` current, whatever is now. One that was collected comes back while it lies in the trash.
     pub fn rollback(&self, name: &EnvName, number: u64) -> Result<Pointer> {
         self.version(name, number)?;
-        self.point(name, Some(number), "rollback")?.ok_or_else(|| no_environment(name))
+        let document = self.below(&self.version_path(name, number));
+        let there = || match self.bring_back(&document)? {
+            true => Ok(()),
+            false => Err(super::gc::collected(name, number)),
+        };
+        there()?;
+        let pointer = self.point(name, Some(number), "rollback")?.ok_or_else(|| no_environment(name))?;
+        // What a collector takes from now on, it brings back by itself.
+        there()?;
+        Ok(pointer)
     }
 
-    /// Drops the name. Versions stay on the store, and [`Store::rollback`] brings the name back.
+    /// Undoes [`Store::remove`]: the name is back, with the version that was current and all others that are there or in
+    /// the trash.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] when there never was such an environment, or its versions were collected for good;
+    /// [`Kind::Invalid`] when it is there.
+    pub fn undo_remove(&self, name: &EnvName) -> Result<Pointer> {
+        let pointer = self.pointer(name)?.ok_or_else(|| no_environment(name))?;
+        if let Some(current) = pointer.version {
+            let what = format!("{name} was not removed: it is at version {current}");
+            return Err(Error::new(Kind::Invalid, what).hint("nothing is to be done"));
+        }
+        for trashed in self.trashed()? {
+            if trashed.below.path().starts_with(self.below(&self.env_dir(name)).path()) {
+                self.bring_back(&trashed.below)?;
+            }
+        }
+        let last = self.last_current(name)?;
+        let number = match last {
+            Some(number) if self.version(name, number).is_ok() => number,
+            // What was current is gone; the newest that is there is next to it.
+            _ => self.version_numbers(name)?.last().copied().ok_or_else(|| {
+                Error::new(Kind::NotFound, format!("{name} was removed, and its versions were collected"))
+                    .hint(format!("make it again with `envfabric create {name} ...`"))
+            })?,
+        };
+        self.rollback(name, number)
+    }
+
+    /// Drops the name. Versions stay on the store until they are collected; [`Store::undo_remove`] brings the name back.
     ///
     /// # Errors
     /// [`Kind::NotFound`] when there is no such environment.
@@ -352,6 +447,20 @@ impl Store {
                 return Ok(Some(pointer));
             }
         }
+    }
+}
+
+/// A moment, by a clock that goes on while the machine or the process sleeps.
+struct BootTime(Duration);
+
+impl BootTime {
+    fn now() -> BootTime {
+        use nix::time::{ClockId, clock_gettime};
+        BootTime(clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default())
+    }
+
+    fn elapsed(&self) -> Duration {
+        BootTime::now().0.saturating_sub(self.0)
     }
 }
 

@@ -205,13 +205,9 @@ impl Index {
         };
         let Some(layer) = layer else { return Ok(None) };
         // What the index repeats may have gone from the store since.
-        let path = store.layer_path(&layer);
-        match fs::File::open(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                self.db().execute("DELETE FROM key WHERE key = ?1", [key.as_bytes()]).map_err(|e| self.told(e))?;
-                return Ok(None);
-            }
-            other => other.map(|_| ()).at("opening", &path)?,
+        if !store.has_layer(&layer) {
+            self.db().execute("DELETE FROM key WHERE key = ?1", [key.as_bytes()]).map_err(|e| self.told(e))?;
+            return Ok(None);
         }
         if known.is_none() {
             self.db()

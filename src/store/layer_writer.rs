@@ -130,6 +130,7 @@ impl<'a> LayerWriter<'a> {
         if self.trust == Trust::Length
             && let Ok(doc) = self.store.layer(&digest)
             && self.store.has_objects_of(&doc)
+            && self.store.has_layer(&digest)
         {
             return Ok(doc);
         }
@@ -175,6 +176,11 @@ impl<'a> LayerWriter<'a> {
         publish::bytes_or_repair(self.store.root(), &path, &to_json(&doc)?, || {
             self.store.layer(&digest).is_ok_and(|there| there.catalog == catalog || self.store.has_objects_of(&there))
         })?;
+        // Objects that were there already may have been collected before the document could be seen.
+        if !self.store.has_layer(&digest) || !self.store.bring_back_layer(&digest)? {
+            let what = format!("what layer {} needs was collected while it was written", digest.short());
+            return Err(Error::new(Kind::Failed, what).hint("run the command again"));
+        }
         self.store.layer(&digest)
     }
 
