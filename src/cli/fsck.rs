@@ -11,7 +11,17 @@ use crate::store::Severity;
 
 /// Check every object of the store against its name, and every reference
 #[derive(Debug, clap::Args)]
-pub(crate) struct Fsck {}
+pub(crate) struct Fsck {
+    /// Read at most so many bytes a second, to disturb nobody: 20MB
+    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    rate: Option<u64>,
+}
+
+/// Bytes a second for clap.
+fn rate(text: &str) -> Result<u64, String> {
+    let rate = super::cache::size(text)?.as_u64();
+    if rate > 0 { Ok(rate) } else { Err("nothing would ever be read: write for example 20MB".into()) }
+}
 
 impl Fsck {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
@@ -20,7 +30,7 @@ impl Fsck {
         if let Ok(style) = ProgressStyle::with_template("checking {bar:30} {pos}/{len} objects {eta}") {
             bar.set_style(style);
         }
-        let report = store.fsck(&|done, total| {
+        let report = store.fsck_at(self.rate, &|done, total| {
             bar.set_length(total as u64);
             bar.set_position(done as u64);
         });

@@ -282,11 +282,7 @@ impl Store {
 
     /// The same, where the version is made current only if `whole` finds that all it names is there. It is asked when the
     /// version can be seen: what a collector takes from then on, it brings back by itself.
-    pub(crate) fn publish_version_if(
-        &self,
-        draft: Version,
-        whole: impl FnOnce(&Version) -> Result<()>,
-    ) -> Result<Claimed> {
+    pub fn publish_version_if(&self, draft: Version, whole: impl FnOnce(&Version) -> Result<()>) -> Result<Claimed> {
         self.require_writable()?;
         let draft = self.claim_number(draft)?;
         let (name, number) = (draft.environment.clone(), draft.number);

@@ -32,15 +32,15 @@
 mod marks;
 mod retention;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
 use super::trash::{Below, Generation, Trashed, modified};
-use super::{Pointer, Store, in_parallel, leases, list_names};
-use crate::environment::{Digest, EnvName};
+use super::{Object, Pointer, Store, in_parallel, leases, list_names};
+use crate::environment::{Digest, EnvName, Version};
 use crate::error::{Error, IoContext, Kind, Result};
 use marks::{Environment, Marks, Read, version_of};
 pub use retention::Keep;
@@ -170,7 +170,7 @@ impl Collector<'_> {
         if !unknown.is_empty() {
             return Err(marks::not_known(&unknown));
         }
-        let mut generation = Generation::new(store)?;
+        let mut generation = Generation::new(store, self.now)?;
         for environment in &environments {
             self.retire(environment, &leased, &mut generation)?;
         }
@@ -325,12 +325,17 @@ impl Collector<'_> {
         let mut back: Vec<&Trashed> = lying.iter().filter(|trashed| wanted(&trashed.below)).collect();
         let rank = |trashed: &&Trashed| SWEPT.iter().rposition(|room| *room == trashed.below.room());
         back.sort_by_key(|trashed| std::cmp::Reverse(rank(trashed)));
+        let mut kept: HashSet<&Below> = HashSet::new();
         for trashed in &back {
+            // In its place again already: this name is left over, of somebody who was killed while bringing it back.
+            if std::fs::File::open(store.place(&trashed.below)).is_ok() && !kept.contains(&trashed.below) {
+                continue;
+            }
+            kept.insert(&trashed.below);
             if self.options.dry_run || store.bring_back_whole(&trashed.below)? {
                 self.report.restored += 1;
             }
         }
-        let kept: HashSet<&Below> = back.iter().map(|trashed| &trashed.below).collect();
         let seen: HashSet<(&String, &Below)> = old.iter().map(|old| (&old.generation, &old.below)).collect();
         let mut removed = 0;
         for trashed in &lying {
@@ -469,6 +474,38 @@ impl Store {
             }
         }
         self.bring_back(&self.below(&self.layer_path(layer)))
+    }
+}
+
+impl Store {
+    /// Makes sure that all that `version` names, and `bundles`, which its summaries name, is in its place; what lies in
+    /// the trash is brought back. For a creator, when its version can be seen.
+    ///
+    /// # Errors
+    /// [`Kind::Collected`] when something is in neither.
+    pub fn require_whole(&self, version: &Version, bundles: &BTreeSet<Object>) -> Result<()> {
+        let layers: Vec<Digest> =
+            [version.interpreter.layer, version.scaffold].iter().chain(&version.layers).copied().collect();
+        let mut missing: Vec<String> = Vec::new();
+        for (layer, there) in layers.iter().zip(in_parallel(&layers, |layer| self.has_layer(layer))) {
+            if !there {
+                missing.push(format!("layer {}", layer.short()));
+            }
+        }
+        let blobs = version.summaries.iter().map(|summary| summary.blob);
+        let blobs = blobs.chain(version.lock.iter().chain(&version.pyproject).map(|document| document.blob));
+        let objects = bundles.iter().map(|bundle| self.object_path(bundle));
+        for path in objects.chain(blobs.map(|blob| self.blob_path(&blob))) {
+            if !self.bring_back(&self.below(&path))? {
+                missing.push(self.below(&path).to_string());
+            }
+        }
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let name = &version.environment;
+        let what = format!("what {name} was made of was collected meanwhile: {}", missing.join(", "));
+        Err(Error::new(Kind::Collected, what).hint("run the same command again with --rebuild"))
     }
 }
 

@@ -247,6 +247,11 @@ impl ObjectFile {
 
     /// The sha256 of its bytes, all of which are read.
     pub fn hash(&self) -> Result<Digest> {
+        self.hash_paced(&|_| ())
+    }
+
+    /// The same; `pace` is told before so many bytes are read, and may wait.
+    pub(super) fn hash_paced(&self, pace: &dyn Fn(u64)) -> Result<Digest> {
         if self.packed.is_some() {
             let mut magic = [0; MAGIC.len()];
             read_exact(&self.file, &self.path, &mut magic, 0)?;
@@ -259,6 +264,7 @@ impl ObjectFile {
         let mut at = 0;
         while at < self.object.chunks() {
             let count = AT_ONCE.min(self.object.chunks() - at);
+            pace((at..at + count).map(|at| self.object.chunk_size(at)).sum());
             hasher.update(&self.read_chunks(at, count)?.0);
             at += count;
         }

@@ -5,7 +5,8 @@
 //! <store>/trash/<generation>/blobs/<aa>/<sha256>   the same path as in the store
 //! ```
 //!
-//! One collector fills one generation, so a name in the trash stands for one taking: a collector that unlinks what it saw
+//! A generation is called `<seconds>-<random>`, after the server's time when its collector began. One collector fills one
+//! generation, so a name in the trash stands for one taking: a collector that unlinks what it saw
 //! there an hour ago cannot hit what another has taken meanwhile. Since when a file is there is told by its own time,
 //! which is set just before it is taken (by the server's clock), or by that of `since`, where a file belongs to another
 //! user whose time may not be set: the later one counts.
@@ -17,7 +18,7 @@
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::disk;
 use super::publish::{self, make_dirs, name_again};
@@ -126,7 +127,7 @@ impl Store {
     /// A file of another user stays as old as it is; that is safe too (see [`super::gc`]), and only costs bringing back.
     pub(super) fn reuse(&self, path: &Path) -> io::Result<File> {
         /// Younger ones are left alone: an environment of known layers would set a hundred times.
-        const YOUNG: std::time::Duration = std::time::Duration::from_secs(15 * 60);
+        const YOUNG: Duration = Duration::from_secs(15 * 60);
         let file = match File::open(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 if !self.bring_back(&self.below(path)).map_err(io::Error::other)? {
@@ -223,7 +224,10 @@ impl Store {
         for generation in self.generations().at("reading", self.trash())? {
             let root = self.trash().join(&generation);
             let marker = root.join(SINCE);
-            if modified(&marker)?.is_some_and(|since| since >= before) {
+            let begun = generation.split('-').next().and_then(|seconds| seconds.parse().ok()).unwrap_or_default();
+            let begun = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(begun));
+            // Without a marker it was begun just now, or by a collector that was killed.
+            if modified(&marker)?.or(begun).is_some_and(|since| since >= before) {
                 continue;
             }
             let mut dirs = vec![root.clone()];
@@ -286,8 +290,10 @@ pub(super) struct Generation<'s> {
 
 impl<'s> Generation<'s> {
     /// One that has nothing yet; it is made when the first file comes.
-    pub(super) fn new(store: &'s Store) -> Result<Self> {
-        Ok(Generation { store, name: publish::nonce()?, begun: false, unsynced: Default::default() })
+    pub(super) fn new(store: &'s Store, now: SystemTime) -> Result<Self> {
+        let seconds = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let name = format!("{seconds}-{}", publish::nonce()?);
+        Ok(Generation { store, name, begun: false, unsynced: Default::default() })
     }
 
     fn root(&self) -> PathBuf {
@@ -308,10 +314,17 @@ impl<'s> Generation<'s> {
         if !parent.exists() {
             make_dirs(parent)?;
         }
-        match disk::rename(&place, &there) {
-            // A retransmitted request finds that it was done.
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(File::open(&there).is_ok()),
-            other => other.at("taking away", &place)?,
+        if let Err(error) = disk::rename(&place, &there) {
+            match error.kind() {
+                // Another took it, or a retransmitted request finds that it was done.
+                ErrorKind::NotFound if File::open(&place).is_err() => return Ok(File::open(&there).is_ok()),
+                // One that slept for the grace time finds its generation swept away.
+                ErrorKind::NotFound => {
+                    make_dirs(parent)?;
+                    disk::rename(&place, &there).at("taking away", &place)?;
+                }
+                _ => return Err(Error::io("taking away", &place, error)),
+            }
         }
         self.unsynced.extend([place.parent(), there.parent()].into_iter().flatten().map(Path::to_path_buf));
         Ok(true)
