@@ -31,6 +31,7 @@ mod probe;
 mod progress;
 mod python;
 mod record;
+mod repair;
 mod requirements;
 mod scratch;
 mod settings;
@@ -51,6 +52,7 @@ use crate::error::{Error, Kind, Result};
 use crate::store::{Claimed, Index, LayerDoc, Store, StoredInterpreter, host, now};
 
 pub use progress::{Event, PackageState, Progress, Silent, Step};
+pub use repair::{Repaired, repair};
 pub use uv::Uv;
 pub use validate::run_trial;
 

@@ -346,6 +346,13 @@ impl Store {
         }
     }
 
+    /// Writes down what version 1 says by being there, so that it need not be there for it.
+    pub(super) fn point_again(&self, name: &EnvName) -> Result<()> {
+        let Some(first) = self.first_pointer(name)? else { return Ok(()) };
+        let pointer = Pointer { sequence: 2, by: host(), reason: "repair".into(), nonce: publish::nonce()?, ..first };
+        publish::bytes(&self.root, &self.pointer_path(name, 2), &to_json(&pointer)?).map(drop)
+    }
+
     /// The sequence numbers of the pointers that are there, ascending.
     pub(super) fn pointer_sequences(&self, name: &EnvName) -> Result<Vec<u64>> {
         numbers(&self.env_dir(name).join("current"))

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::layer_writer::PACK_MAGIC;
 use super::object::{Object, ObjectFile, Room};
+use super::trash::Below;
 use super::{Node, Place, Store, StoredInterpreter, documents, list_names, read_json};
 use crate::environment::{Digest, EnvName, Summary};
 use crate::error::{Kind, Result};
@@ -50,12 +51,35 @@ pub struct FsckReport {
     pub versions: usize,
     /// Everything found, worst first.
     pub findings: Vec<Finding>,
+    /// The same for a repair.
+    #[serde(skip)]
+    pub(super) lost: Lost,
+}
+
+/// What is to be repaired.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Lost {
+    /// Objects that are there and not what their name says.
+    pub(super) objects: Vec<Below>,
+    /// Layers that are missing or lack something, and that a version or an interpreter needs, or that are there.
+    pub(super) layers: BTreeSet<Digest>,
+    /// Damaged keys and interpreters.
+    pub(super) documents: Vec<Below>,
+    /// Damaged versions.
+    pub(super) versions: Vec<(EnvName, u64)>,
+    /// Versions whose summaries lack something.
+    pub(super) versions_with_summaries: Vec<(EnvName, u64)>,
 }
 
 impl FsckReport {
     /// True when no environment is damaged.
     pub fn is_clean(&self) -> bool {
         self.findings.iter().all(|f| f.severity == Severity::Note)
+    }
+
+    /// Layers that can only be had back by building them again.
+    pub fn damaged_layers(&self) -> &BTreeSet<Digest> {
+        &self.lost.layers
     }
 }
 
@@ -127,7 +151,10 @@ impl Store {
                     report.bytes += size;
                     sound.insert((room.name(), digest), size);
                 }
-                Err(problem) => report.findings.push(error(self.relative(path), problem)),
+                Err(problem) => {
+                    report.lost.objects.push(self.below(path));
+                    report.findings.push(error(self.relative(path), problem));
+                }
             }
         }
         Ok(sound)
@@ -155,6 +182,7 @@ impl Store {
         let states: BTreeMap<Digest, LayerState> =
             digests.into_par_iter().filter_map(|digest| Some((digest, self.check_layer(&digest, objects)?))).collect();
         report.layers = states.len();
+        report.lost.layers.extend(states.iter().filter(|(_, state)| !state.is_empty()).map(|(layer, _)| *layer));
         Ok(states)
     }
 
@@ -222,7 +250,10 @@ impl Store {
                     Ok(Some(layer)) if layers.contains_key(&layer) => {}
                     // Nothing needs it: the next build of that package makes the layer anew.
                     Ok(_) => report.findings.push(note(object, "stands for a layer that is not there".into())),
-                    Err(e) => report.findings.push(error(object, e.chain())),
+                    Err(e) => {
+                        report.lost.documents.push(Below::new(&object));
+                        report.findings.push(error(object, e.chain()));
+                    }
                 }
             }
         }
@@ -233,11 +264,15 @@ impl Store {
                 Ok(interpreter) => {
                     for layer in [interpreter.layer, interpreter.scaffold] {
                         if !layers.contains_key(&layer) {
+                            report.lost.layers.insert(layer);
                             report.findings.push(error(object.clone(), format!("layer {layer} is not there")));
                         }
                     }
                 }
-                Err(e) => report.findings.push(error(object, e.chain())),
+                Err(e) => {
+                    report.lost.documents.push(Below::new(&object));
+                    report.findings.push(error(object, e.chain()));
+                }
             }
         }
         Ok(())
@@ -279,6 +314,7 @@ impl Store {
                             continue;
                         }
                         Err(e) => {
+                            report.lost.versions.push((name.clone(), number));
                             report.findings.push(error(object, e.chain()));
                             continue;
                         }
@@ -286,6 +322,7 @@ impl Store {
                     for layer in version.layers.iter().chain([&version.interpreter.layer, &version.scaffold]) {
                         match layers.get(layer) {
                             None => {
+                                report.lost.layers.insert(*layer);
                                 let missing = (format!("layer {layer}"), "is not in the store".to_string());
                                 problems.entry(missing).or_default().push(object.clone());
                             }
@@ -298,6 +335,7 @@ impl Store {
                     }
                     for summary in &version.summaries {
                         if let Some(problem) = self.check_summary(summary, objects) {
+                            report.lost.versions_with_summaries.push((name.clone(), number));
                             problems.entry(problem).or_default().push(object.clone());
                         }
                     }

@@ -42,7 +42,8 @@ use super::trash::{Below, Generation, Trashed, modified};
 use super::{Object, Pointer, Store, in_parallel, leases, list_names};
 use crate::environment::{Digest, EnvName, Version};
 use crate::error::{Error, IoContext, Kind, Result};
-use marks::{Environment, Marks, Read, version_of};
+pub(super) use marks::Read;
+use marks::{Environment, Marks, version_of};
 pub use retention::Keep;
 use retention::{Known, Now, PointerFacts};
 

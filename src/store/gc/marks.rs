@@ -7,12 +7,12 @@ use super::super::trash::{Below, Trashed, modified};
 use super::super::{
     LayerDoc, Pointer, Store, StoredInterpreter, documents, in_parallel, leases::Leased, list_names, read_json,
 };
-use crate::environment::{Digest, EnvName, Version};
+use crate::environment::{Digest, EnvName, Summary, Version};
 use crate::error::{Error, Kind, Result};
 
 /// What a version document names.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Named {
+pub(in super::super) struct Named {
     pub(super) layers: Vec<Digest>,
     summaries: Vec<Digest>,
     blobs: Vec<Digest>,
@@ -30,7 +30,7 @@ impl Named {
 
 /// What was read of immutable documents, which need not be read again.
 #[derive(Debug, Default)]
-pub(super) struct Read {
+pub(in super::super) struct Read {
     versions: HashMap<(EnvName, u64), Named>,
     layers: HashMap<Digest, Vec<Below>>,
     summaries: HashMap<Digest, Vec<Below>>,
@@ -39,7 +39,7 @@ pub(super) struct Read {
 
 /// An environment as the store has it.
 #[derive(Debug)]
-pub(super) struct Environment {
+pub(in super::super) struct Environment {
     pub(super) name: EnvName,
     pub(super) pointer: Result<Option<Pointer>>,
     /// Versions in their place.
@@ -50,17 +50,17 @@ pub(super) struct Environment {
 
 /// What is needed, as paths below the store.
 #[derive(Debug, Default)]
-pub(super) struct Marks {
-    pub(super) needed: HashSet<Below>,
+pub(in super::super) struct Marks {
+    pub(in super::super) needed: HashSet<Below>,
     /// Layers that are needed.
     pub(super) layers: HashSet<Digest>,
     /// Why it is not known what is needed. Then nothing may be taken.
-    pub(super) unknown: Vec<String>,
+    pub(in super::super) unknown: Vec<String>,
 }
 
 impl Store {
     /// All environments, those of which only something in the trash is left too.
-    pub(super) fn all_environments(&self, trash: &[Trashed]) -> Result<Vec<Environment>> {
+    pub(in super::super) fn all_environments(&self, trash: &[Trashed]) -> Result<Vec<Environment>> {
         let mut trashed: BTreeMap<EnvName, BTreeSet<u64>> = BTreeMap::new();
         for (name, number) in trash.iter().filter_map(|trashed| version_of(&trashed.below)) {
             trashed.entry(name).or_default().insert(number);
@@ -83,7 +83,7 @@ impl Store {
     }
 
     /// What is needed by the versions of `environments`, and by what is younger than `young_since`.
-    pub(super) fn marks(
+    pub(in super::super) fn marks(
         &self,
         environments: &[Environment],
         young_since: SystemTime,
@@ -125,13 +125,33 @@ impl Store {
     }
 
     /// Layers whose documents are in their place.
-    pub(super) fn listed_layers(&self) -> Result<Vec<Digest>> {
+    pub(in super::super) fn listed_layers(&self) -> Result<Vec<Digest>> {
         let root = self.root.join("layers");
         let mut found = Vec::new();
         for names in in_parallel(&list_names(&root)?, |shard| list_names(&root.join(shard))) {
             found.extend(names?.iter().filter_map(|name| name.strip_suffix(".json")?.parse::<Digest>().ok()));
         }
         Ok(found)
+    }
+
+    /// Keys that are in their place.
+    pub(in super::super) fn listed_keys(&self) -> Result<Vec<Digest>> {
+        let root = self.root.join("keys");
+        let mut found = Vec::new();
+        for shard in list_names(&root)? {
+            let names = list_names(&root.join(shard))?;
+            found.extend(names.iter().filter_map(|name| name.strip_suffix(".json")?.parse::<Digest>().ok()));
+        }
+        Ok(found)
+    }
+
+    /// The summaries that versions name; of those versions that can be read.
+    pub(in super::super) fn named_summaries(&self) -> Result<BTreeSet<Summary>> {
+        let environments = self.all_environments(&[])?;
+        let versions: Vec<_> =
+            environments.iter().flat_map(|env| env.there.iter().map(|number| (&env.name, *number))).collect();
+        let read = in_parallel(&versions, |(name, number)| self.version(name, *number).ok());
+        Ok(read.into_iter().flatten().flat_map(|version| version.summaries).collect())
     }
 
     /// Interpreters that are young, or whose layers a version needs, are offered on.
