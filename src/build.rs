@@ -49,7 +49,7 @@ use std::sync::Arc;
 use crate::environment::lock::{Package, Target};
 use crate::environment::{Builder, Conflict, Digest, EnvName, InterpreterRef, VERSION_FORMAT, Version};
 use crate::error::{Error, Kind, Result};
-use crate::store::{Claimed, Index, LayerDoc, Store, StoredInterpreter, host, now};
+use crate::store::{BootTime, Claimed, FRESH, Index, LayerDoc, Store, StoredInterpreter, host, now};
 
 pub use progress::{Event, PackageState, Progress, Silent, Step};
 pub use repair::{Repaired, repair};
@@ -236,6 +236,7 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
 
 fn create_once(context: &Context<'_>, request: &Request) -> Result<Created> {
     context.store.require_writable()?;
+    let begun = BootTime::now();
     let name = &request.name;
     let waiting = || context.progress.event(&Event::Step(Step::Waiting));
     let lock = format!("env-{}", Digest::of(format!("{} {name}", context.store.fabric().id).as_bytes()).short());
@@ -329,8 +330,8 @@ fn create_once(context: &Context<'_>, request: &Request) -> Result<Created> {
         validate(context, &draft, &layers, &interpreter)?;
     }
     context.progress.event(&Event::Step(Step::Publishing));
-    // After a long build most of what may have gone is found before anybody can see the version.
-    if installed > 0 {
+    // What may have gone during a long build is found before anybody can see the version.
+    if begun.elapsed() > FRESH {
         look(&draft)?;
     }
     Ok(match context.store.publish_version_if(draft, look)? {

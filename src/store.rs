@@ -63,6 +63,7 @@ pub(crate) use environments::host;
 pub use environments::{Claimed, Pointer};
 pub use fsck::{Finding, FsckReport, Severity};
 pub use gc::{Amount, GRACE, GcOptions, GcReport, GcStep, Keep};
+pub(crate) use gc::{BootTime, FRESH};
 pub use index::{Index, Learned};
 pub use layer::{Bundle, Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requirement, SMALL_FILE_MAX};
 pub use layer_writer::{LayerWriter, Staged, StagedKind};
@@ -445,9 +446,14 @@ impl Store {
 
     /// The layer that a key stands for, if one was built and is there.
     pub fn layer_of_key(&self, key: &Digest) -> Result<Option<Digest>> {
-        match read_json::<KeyDoc>(&self.key_path(key)) {
+        let path = self.key_path(key);
+        match read_json::<KeyDoc>(&path) {
             Ok(doc) => Ok(Some(doc.layer)),
-            Err(error) if error.is_not_found() => Ok(None),
+            // One that was collected lately saves a build.
+            Err(error) if error.is_not_found() => match self.bring_back(&self.below(&path)) {
+                Ok(true) => read_json::<KeyDoc>(&path).map(|doc| Some(doc.layer)),
+                _ => Ok(None),
+            },
             Err(error) => Err(error),
         }
     }

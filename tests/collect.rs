@@ -10,12 +10,14 @@ mod common;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::*;
 use envfabric::environment::Digest;
 use envfabric::error::Kind;
-use envfabric::store::{GcOptions, GcReport, Keep, Lease, Leased, Store};
+use envfabric::store::{GcOptions, GcReport, Keep, Lease, Leased, Profile, Room, Store, Touched};
+use envfabric::view::{Ino, Tree};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -295,4 +297,106 @@ fn pointers_do_not_grow_without_end() {
     assert_eq!(store.current_number(&name).unwrap(), 2);
     store.rollback(&name, 1).unwrap();
     assert_eq!(store.current_number(&name).unwrap(), 1);
+}
+
+/// Waits until the versions that are leased are `wanted`.
+fn until_leased(store: &Store, wanted: &[u64]) {
+    until(&format!("{wanted:?} are leased"), || {
+        let leases = store.leases_told().unwrap();
+        let versions: Vec<u64> =
+            leases.iter().flat_map(|(doc, _)| &doc.versions).map(|leased| leased.version).collect();
+        versions == wanted
+    });
+}
+
+#[test]
+fn a_version_that_a_mount_shows_is_not_collected() {
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    for n in 1..=4 {
+        fixture.publish("demo/a", vec![small(&fixture, &format!("layer{n}"))]);
+    }
+    let tree = Arc::new(Tree::new(store.clone(), fixture.index.clone()));
+    tree.hold_leases();
+    let node =
+        ["demo", "a"].iter().fold(Ino::ROOT, |dir, name| tree.lookup(dir, name.as_bytes()).unwrap().unwrap().ino);
+    let versions = tree.lookup(node, b".versions").unwrap().unwrap().ino;
+    let version = |n: u64| tree.lookup(versions, n.to_string().as_bytes()).unwrap().unwrap().ino;
+    let look_inside = |n: u64| {
+        let venv = tree.lookup(version(n), b".venv").unwrap().unwrap().ino;
+        tree.lookup(venv, b"lib").unwrap().unwrap();
+    };
+    // What is only listed is not in use.
+    version(3);
+    look_inside(1);
+    until_leased(store, &[1]);
+    look_inside(2);
+    until_leased(store, &[1, 2]);
+    pass(store, HOUR / 2);
+    let at_once = GcOptions { grace: Duration::ZERO, keep: Keep::Newest(1), dry_run: false };
+    let report = store.gc(&at_once, &|_| {}).unwrap();
+    assert_eq!((report.retired.as_slice(), report.leased), (["demo/a@3".to_string()].as_slice(), 2));
+    // A collector that looked before the mount did: the next one brings back what is leased by then.
+    fs::create_dir_all(store.root().join("trash/1-x/envs/demo/a/versions")).unwrap();
+    let document = "envs/demo/a/versions/2.json";
+    fs::rename(store.root().join(document), store.root().join("trash/1-x").join(document)).unwrap();
+    assert_eq!(store.gc(&at_once, &|_| {}).unwrap().restored, 1);
+    assert_eq!(store.version_numbers(&fixture.name("demo/a")).unwrap(), [1, 2, 4]);
+    tree.end();
+    until_leased(store, &[]);
+    assert_eq!(store.gc(&at_once, &|_| {}).unwrap().retired, ["demo/a@1", "demo/a@2"]);
+    is_whole(store);
+}
+
+#[test]
+fn where_the_store_is_away_nothing_is_written_in_its_place() {
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    fixture.publish("demo/a", vec![]);
+    let away = store.root().with_extension("away");
+    fs::rename(store.root(), &away).unwrap();
+    let mut lease = Lease::new(store.clone(), "a test");
+    let leased = [Leased { environment: fixture.name("demo/a"), version: 1 }];
+    assert!(lease.protect(leased.clone().into()).is_err());
+    assert!(store.gc(&options(), &|_| {}).is_err());
+    assert!(store.ensure_blob(b"x").is_err());
+    assert!(!store.root().exists());
+    fs::rename(&away, store.root()).unwrap();
+    lease.protect(leased.into()).unwrap();
+    assert_eq!(gc(store).leased, 1);
+}
+
+#[test]
+fn profiles_go_with_their_versions() {
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    let name = fixture.name("demo/a");
+    for _ in 0..2 {
+        fixture.publish("demo/a", vec![]);
+    }
+    let touched = |n: u64| Touched {
+        room: Room::Packs,
+        digest: Digest::of(&n.to_le_bytes()),
+        size: 9,
+        layer: fixture.python,
+        runs: vec![(0, 1)],
+    };
+    for n in 0..2 {
+        for version in [1, 2] {
+            store.add_profile(&name, version, &Profile::of_start(vec![touched(n)])).unwrap();
+        }
+    }
+    let profiles = || files(store).iter().filter(|path| path.contains("/profiles/")).cloned().collect::<Vec<_>>();
+    assert_eq!(profiles().len(), 4);
+    pass(store, HOUR * 2);
+    gc(store);
+    assert_eq!(profiles().len(), 2, "the last of each has all before it");
+    gc_keeping(store, Keep::Newest(1));
+    assert_eq!(profiles().len(), 2, "a version that can come back keeps its own");
+    for _ in 0..2 {
+        pass(store, HOUR * 2);
+        gc_keeping(store, Keep::Newest(1));
+    }
+    assert_eq!(profiles(), ["envs/demo/a/profiles/2/2.json"]);
+    assert!(!store.root().join("envs/demo/a/profiles/1").exists());
 }

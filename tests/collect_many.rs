@@ -37,8 +37,8 @@ use proptest::test_runner::FileFailurePersistence;
 const CREATORS: usize = 16;
 const COLLECTORS: usize = 4;
 const READERS: usize = 8;
-/// Different layers; few, so that they meet.
-const LAYERS: u64 = 8;
+/// Different layers.
+const LAYERS: u64 = 60;
 /// Environments; those that begin with `kept` are never removed.
 const NAMES: [&str; 4] = ["kept/a", "kept/b", "loose/c", "loose/d"];
 /// How many versions collectors keep, in cases where they do not keep all.
@@ -186,7 +186,9 @@ impl World {
     fn prepare(&self, index: &Index, random: &mut Random) -> Result<Prepared> {
         let name = NAMES[random.below(NAMES.len() as u64) as usize];
         let mut wanted = vec![0, 1];
-        wanted.extend((0..1 + random.below(3)).map(|_| 2 + random.below(LAYERS)));
+        // Some are wanted by most, and others by hardly anybody.
+        let most = if random.one_in(2) { 6 } else { LAYERS };
+        wanted.extend((0..1 + random.below(3)).map(|_| 2 + random.below(most)));
         wanted.dedup();
         let all = self.layers(index, &wanted)?;
         let text = format!("lock {}", random.below(5));

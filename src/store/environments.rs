@@ -12,6 +12,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::gc::{BootTime, FRESH};
 use super::seal::{self, Unreadable};
 use super::{Store, disk, in_parallel, list_dirs, list_names, now, publish, read_json, to_json};
 use crate::environment::{EnvName, VERSION_FORMAT, Version};
@@ -19,7 +20,6 @@ use crate::error::{Error, IoContext, Kind, Result};
 use std::fs::File;
 use std::io::ErrorKind::{NotADirectory, NotFound};
 use std::path::PathBuf;
-use std::time::Duration;
 
 /// `current/<seq>.json`: which version is current since when.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -299,9 +299,6 @@ impl Store {
 
     /// Publishes `draft` under a number that was never used.
     fn claim_number(&self, mut draft: Version) -> Result<Version> {
-        /// A collector needs the grace time to free a number. Whoever has slept for a part of it since it looked which
-        /// are used looks again.
-        const FRESH: Duration = Duration::from_secs(30);
         let name = draft.environment.clone();
         loop {
             let looked = BootTime::now();
@@ -316,7 +313,7 @@ impl Store {
                 }
                 number += 1;
             };
-            // Version 1 is free only where there never was a pointer.
+            // A collector needs the grace time to free a number. Version 1 is free only where there never was a pointer.
             if looked.elapsed() < FRESH || number == 1 {
                 return Ok(draft);
             }
@@ -450,20 +447,6 @@ impl Store {
                 return Ok(Some(pointer));
             }
         }
-    }
-}
-
-/// A moment, by a clock that goes on while the machine or the process sleeps.
-struct BootTime(Duration);
-
-impl BootTime {
-    fn now() -> BootTime {
-        use nix::time::{ClockId, clock_gettime};
-        BootTime(clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default())
-    }
-
-    fn elapsed(&self) -> Duration {
-        BootTime::now().0.saturating_sub(self.0)
     }
 }
 

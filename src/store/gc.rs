@@ -15,12 +15,12 @@
 //! - A **collector** takes documents before what they name, and when it has taken everything it reads all versions again
 //!   and brings back what they need. So whatever it took after a version was visible, it finds itself. It unlinks only what
 //!   lay in the trash for the grace time before it began, and only from the generation in which it saw it.
-//! - Whoever puts a layer's document in its place has looked for what it names afterwards. So a document in its place means
-//!   that what it names is in its place or is being brought back.
+//! - Whoever puts a layer's document in its place has looked for what it names just before, and does so afterwards. So a
+//!   document in its place means that what it names is in its place or is being brought back.
 //! - A **reader** that does not find something in its place looks in the trash.
 //!
 //! What remains is a creator that sleeps for longer than the grace time between reusing something and publishing it: it
-//! then finds it gone when it looks, and builds it again. A collector that is killed leaves files in the trash, which
+//! then finds it gone when it looks, and builds it again. `tests/protocol.rs` has all of this as a model. A collector that is killed leaves files in the trash, which
 //! readers find and the next collector brings back or ends.
 //!
 //! Versions are retired likewise: renamed into the trash, needed as long as they are there, brought back by `rollback`,
@@ -39,7 +39,7 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 
 use super::trash::{Below, Generation, Trashed, modified};
-use super::{Object, Pointer, Store, in_parallel, leases, list_names};
+use super::{LayerDoc, Object, Pointer, Store, in_parallel, leases, list_names};
 use crate::environment::{Digest, EnvName, Version};
 use crate::error::{Error, IoContext, Kind, Result};
 pub(super) use marks::Read;
@@ -118,6 +118,12 @@ pub enum GcStep {
     /// Ending what lay long enough in the trash.
     Removing(u64),
 }
+
+/// What was looked for is looked for again when so much time has passed before it is relied on: a collector needs the
+/// grace time to end something, so whoever sleeps for a part of it must look again.
+pub(crate) const FRESH: Duration = Duration::from_secs(30);
+/// How often.
+const TRIES: usize = 10;
 
 /// Rooms in the order in which they are swept: documents before what they name. Blobs have summaries, which name
 /// catalogs.
@@ -467,14 +473,23 @@ impl Store {
             Err(error) if error.is_not_found() => return Ok(false),
             other => other?,
         };
-        let objects = self.objects_of(&doc);
-        let back = in_parallel(&objects, |object| self.bring_back(object));
-        for there in back {
-            if !there? {
+        // A document must not be put in its place long after what it names was looked for.
+        for _ in 0..TRIES {
+            let looked = BootTime::now();
+            if !self.are_in_place(&doc)? {
                 return Ok(false);
             }
+            if looked.elapsed() < FRESH {
+                break;
+            }
         }
-        self.bring_back(&self.below(&self.layer_path(layer)))
+        Ok(self.bring_back(&self.below(&self.layer_path(layer)))? && self.are_in_place(&doc)?)
+    }
+
+    /// Makes sure that what a layer's document names is in its place, where it is there or in the trash.
+    pub(super) fn are_in_place(&self, doc: &LayerDoc) -> Result<bool> {
+        let back = in_parallel(&self.objects_of(doc), |object| self.bring_back(object));
+        back.into_iter().try_fold(true, |all, there| Ok(all && there?))
     }
 }
 
@@ -507,6 +522,20 @@ impl Store {
         let name = &version.environment;
         let what = format!("what {name} was made of was collected meanwhile: {}", missing.join(", "));
         Err(Error::new(Kind::Collected, what).hint("run the same command again with --rebuild"))
+    }
+}
+
+/// A moment, by a clock that goes on while the machine or the process sleeps.
+pub(crate) struct BootTime(Duration);
+
+impl BootTime {
+    pub(crate) fn now() -> BootTime {
+        use nix::time::{ClockId, clock_gettime};
+        BootTime(clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default())
+    }
+
+    pub(crate) fn elapsed(&self) -> Duration {
+        BootTime::now().0.saturating_sub(self.0)
     }
 }
 

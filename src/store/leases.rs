@@ -133,6 +133,7 @@ impl Lease {
 
     fn publish(&self, versions: &BTreeSet<Leased>) -> Result<PathBuf> {
         self.store.require_writable()?;
+        self.store.require_present()?;
         let nonce = publish::nonce()?;
         let path = self.store.leases_dir().join(format!("{nonce}.json"));
         let doc = LeaseDoc {

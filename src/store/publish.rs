@@ -59,7 +59,8 @@ impl Temporary {
         let path = dir.join(format!("{}-{count}", nonce()?));
         let file = match Writing::create(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                make_dirs(&dir)?;
+                // Nothing above it: where the store is away, nothing must be written in its place.
+                disk::make_dir(&dir).at("creating", &dir)?;
                 Writing::create(&path)
             }
             other => other,
