@@ -47,6 +47,7 @@ mod row;
 mod seal;
 mod spine;
 mod summary;
+mod switching;
 mod trash;
 
 use std::collections::BTreeMap;
@@ -429,13 +430,17 @@ impl Store {
         match self.codec() {
             Codec::Raw => {
                 let path = self.catalog_path(&doc.catalog);
-                match Catalog::open(&path, &doc.digest) {
-                    Err(error) if error.is_not_found() => match self.open_anywhere(&path) {
-                        Ok((_, there)) => Catalog::open(&there, &doc.digest),
-                        Err(_) => Err(error),
-                    },
-                    other => other,
+                let mut there = path.clone();
+                for _ in 0..trash::LOOKS {
+                    match Catalog::open(&there, &doc.digest) {
+                        // It is opened by its name, more than once: it may have moved to the trash, or back, in between.
+                        Err(_) if fs::File::open(&there).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) => {
+                            there = self.open_anywhere(&path).at("opening", &path)?.1;
+                        }
+                        other => return other,
+                    }
                 }
+                Catalog::open(&there, &doc.digest)
             }
             Codec::Zstd => {
                 let object = doc.catalog_object();

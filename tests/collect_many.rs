@@ -412,7 +412,7 @@ impl Model {
             if name.workflow() == "kept" {
                 // The current one counts, and may be any.
                 let newest = if world.keep == Keep::All { usize::MAX } else { NEWEST - 1 };
-                let oldest_kept = ever.iter().rev().take(newest).last().copied().unwrap_or(0);
+                let oldest_kept = ever.iter().rev().take(newest).next_back().copied().unwrap_or(0);
                 for number in told.iter().filter(|number| **number >= oldest_kept) {
                     assert!(there.contains(number), "{name}@{number} was lost: {there:?} of {ever:?}");
                 }
@@ -440,7 +440,7 @@ fn run(seed: u64) {
     let mut model = Model::default();
     let mut waiting: Vec<Prepared> = Vec::new();
     let (mut kills, mut started) = (0, 0);
-    for _ in 0..3 + random.below(3) {
+    for _ in 0..4 + random.below(4) {
         let told: Vec<(EnvName, u64)> = model.told.iter().cloned().collect();
         let existing: BTreeSet<EnvName> = told.iter().map(|(name, _)| name.clone()).collect();
         // A mount that shows some versions.
@@ -457,7 +457,10 @@ fn run(seed: u64) {
         let working = AtomicBool::new(true);
         let next = Mutex::new(Vec::new());
         let seeds: Vec<u64> = (0..CREATORS + COLLECTORS + READERS).map(|_| random.next() | 1).collect();
-        let late = Mutex::new(std::mem::take(&mut waiting));
+        // Each sleeps for a few rounds, or for as long as it takes until somebody publishes it.
+        let (late, asleep): (Vec<_>, Vec<_>) = std::mem::take(&mut waiting).into_iter().partition(|_| random.one_in(3));
+        let late = Mutex::new(late);
+        waiting = asleep;
         std::thread::scope(|scope| {
             let mut writers = Vec::new();
             let (world, next, late, existing, working) = (&world, &next, &late, &existing, &working);
@@ -504,7 +507,7 @@ fn run(seed: u64) {
         waiting.extend(next.into_inner().unwrap());
         model.check(&world);
         drop(lease);
-        pass_all(&world.store, Duration::from_secs(60 * [0, 40, 70, 200][random.below(4) as usize]));
+        pass_all(&world.store, Duration::from_secs(60 * [0, 40, 70, 200, 200][random.below(5) as usize]));
     }
     assert_eq!(kills, started, "every process was killed, and none failed");
     // In the end only what is needed is there.

@@ -539,6 +539,12 @@ impl BootTime {
     }
 }
 
+/// Why a layer could not be written.
+pub(super) fn collected_layer(layer: &Digest) -> Error {
+    let what = format!("what layer {} needs was collected while it was written", layer.short());
+    Error::new(Kind::Collected, what).hint("run the command again, and collect with a longer --grace")
+}
+
 /// Why a version that is to be brought back is not there.
 pub(super) fn collected(name: &EnvName, number: u64) -> Error {
     Error::new(Kind::NotFound, format!("version {number} of {name} was collected"))

@@ -153,8 +153,7 @@ impl<'a> LayerWriter<'a> {
                 return self.store.layer(&digest);
             }
         }
-        let what = format!("what layer {} needs was collected while it was written", digest.short());
-        Err(Error::new(Kind::Collected, what).hint("run the command again, and collect with a longer --grace"))
+        Err(super::gc::collected_layer(&digest))
     }
 
     /// Writes blobs, pack and catalog; returns the document that names them.

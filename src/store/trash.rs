@@ -26,7 +26,7 @@ use super::{Store, list_dirs};
 use crate::error::{Error, IoContext, Kind, Result};
 
 /// How often a file is looked for that moves between its place and the trash.
-const LOOKS: usize = 4;
+pub(super) const LOOKS: usize = 4;
 
 /// The marker of a generation.
 const SINCE: &str = "since";
