@@ -379,11 +379,9 @@ impl Store {
     /// True when the document of `layer` is in its place, to be used for something new; then what it names is there, too.
     pub(super) fn has_layer(&self, layer: &Digest) -> bool {
         // The open is what revalidates on NFS.
-        let path = self.layer_path(layer);
-        match fs::File::open(&path) {
+        match self.open_young(&self.layer_path(layer)) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => self.bring_back_layer(layer).unwrap_or(false),
-            Err(_) => false,
-            Ok(_) => self.reuse(&path).is_ok(),
+            opened => opened.is_ok(),
         }
     }
 

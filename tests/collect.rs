@@ -11,11 +11,13 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::*;
 use envfabric::environment::Digest;
 use envfabric::error::Kind;
+use envfabric::store::disk::{self, Op, Verdict, Watch};
 use envfabric::store::{GcOptions, GcReport, Keep, Lease, Leased, Profile, Room, Store, Touched};
 use envfabric::view::{Ino, Tree};
 
@@ -399,4 +401,75 @@ fn profiles_go_with_their_versions() {
     }
     assert_eq!(profiles(), ["envs/demo/a/profiles/2/2.json"]);
     assert!(!store.root().join("envs/demo/a/profiles/1").exists());
+}
+
+/// A file system without second names.
+struct NoLinks;
+
+impl Watch for NoLinks {
+    fn before(&self, op: &Op) -> Verdict {
+        if matches!(op, Op::Link(..)) { Verdict::Fail(libc::EPERM) } else { Verdict::Do }
+    }
+
+    fn done(&self, _: &Op) {}
+}
+
+#[test]
+fn where_there_are_no_hard_links_everything_is_collected_and_brought_back_by_renames() {
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    let _watching = disk::watch(store.root(), Arc::new(NoLinks));
+    let name = fixture.name("demo/a");
+    let layer = small(&fixture, "one");
+    fixture.publish("demo/a", vec![layer]);
+    fixture.publish("demo/a", vec![]);
+    pass(store, HOUR * 2);
+    assert_eq!(gc_keeping(store, Keep::Newest(1)).retired, ["demo/a@1"]);
+    pass(store, HOUR * 2);
+    gc_keeping(store, Keep::Newest(1));
+    assert_eq!(gc_keeping(store, Keep::Newest(1)).trashed["layers"].files, 1);
+    fixture.publish("demo/a", vec![layer]);
+    assert!(gc(store).restored > 0);
+    store.rollback(&name, 2).unwrap();
+    is_whole(store);
+    assert_eq!(fs::read_dir(store.tmp()).unwrap().count(), 0);
+}
+
+/// Sees which times are set.
+#[derive(Default)]
+struct Touches(AtomicUsize);
+
+impl Watch for Touches {
+    fn before(&self, op: &Op) -> Verdict {
+        match op {
+            Op::Touch(_) => {
+                self.0.fetch_add(1, Ordering::Relaxed);
+                Verdict::Fail(libc::EPERM)
+            }
+            _ => Verdict::Do,
+        }
+    }
+
+    fn done(&self, _: &Op) {}
+}
+
+#[test]
+fn files_of_other_users_are_as_safe_although_their_time_cannot_be_set() {
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    let layer = small(&fixture, "one");
+    fixture.publish("demo/a", vec![]);
+    pass(store, HOUR * 2);
+    let touches = Arc::new(Touches::default());
+    {
+        let _watching = disk::watch(store.root(), touches.clone());
+        assert_eq!(small(&fixture, "one"), layer, "what is there is used");
+        assert!(touches.0.load(Ordering::Relaxed) > 0);
+    }
+    // It stayed old, and is collected before the version that needs it can be seen.
+    assert_eq!(gc(store).trashed["layers"].files, 1);
+    fixture.publish("demo/b", vec![layer]);
+    is_whole(store);
+    assert!(gc(store).restored >= 4);
+    is_whole(store);
 }

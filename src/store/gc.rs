@@ -39,7 +39,7 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 
 use super::trash::{Below, Generation, Trashed, modified};
-use super::{LayerDoc, Object, Pointer, Store, in_parallel, leases, list_names};
+use super::{LayerDoc, Object, Pointer, Store, in_parallel, leases, list_names, publish};
 use crate::environment::{Digest, EnvName, Version};
 use crate::error::{Error, IoContext, Kind, Result};
 pub(super) use marks::Read;
@@ -378,7 +378,8 @@ impl Collector<'_> {
         let store = self.store;
         let mut paths: Vec<PathBuf> = Vec::new();
         let tmp = store.tmp();
-        paths.extend(list_names(&tmp)?.into_iter().map(|name| tmp.join(name)));
+        let is_whose = |name: &String| !name.starts_with('.');
+        paths.extend(list_names(&tmp)?.into_iter().filter(is_whose).map(|name| tmp.join(name)));
         let mut stale = Vec::new();
         stale.extend(store.leases()?.into_iter().filter(|lease| lease.renewed < self.leases_since()).map(|l| l.path));
         for env in environments {
@@ -411,14 +412,14 @@ impl Collector<'_> {
 /// Bytes and time of a file; none when it is gone. Looked at through an open handle: the time decides.
 fn size_and_time(path: &std::path::Path) -> Result<Option<(u64, SystemTime)>> {
     use std::io::ErrorKind::{NotADirectory, NotFound};
-    match std::fs::File::open(path).and_then(|file| file.metadata()) {
+    publish::again_if_stale(|| match std::fs::File::open(path).and_then(|file| file.metadata()) {
         Err(error) if matches!(error.kind(), NotFound | NotADirectory) => Ok(None),
         Ok(meta) if !meta.is_file() => Ok(None),
         other => {
             let meta = other.at("reading", path)?;
             Ok(Some((meta.len(), meta.modified().at("reading", path)?)))
         }
-    }
+    })
 }
 
 /// True for a name that this program gives. What others have put there is not ours to remove.

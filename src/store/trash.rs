@@ -126,17 +126,22 @@ impl Store {
     ///
     /// A file of another user stays as old as it is; that is safe too (see [`super::gc`]), and only costs bringing back.
     pub(super) fn reuse(&self, path: &Path) -> io::Result<File> {
+        match self.open_young(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                match self.bring_back(&self.below(path)).map_err(io::Error::other)? {
+                    true => self.open_young(path),
+                    false => Err(error),
+                }
+            }
+            other => other,
+        }
+    }
+
+    /// Opens the file at `path`, and makes it young where it is not.
+    pub(super) fn open_young(&self, path: &Path) -> io::Result<File> {
         /// Younger ones are left alone: an environment of known layers would set a hundred times.
         const YOUNG: Duration = Duration::from_secs(15 * 60);
-        let file = match File::open(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                if !self.bring_back(&self.below(path)).map_err(io::Error::other)? {
-                    return Err(error);
-                }
-                File::open(path)?
-            }
-            other => other?,
-        };
+        let file = File::open(path)?;
         // By this machine's clock, which may be wrong: then it is set once more, or once less.
         let is_young = file.metadata()?.modified()?.elapsed().is_ok_and(|age| age < YOUNG);
         if !is_young && let Err(error) = disk::touch(&file, path) {
@@ -262,6 +267,10 @@ fn entries(dir: &Path) -> Result<Vec<(String, std::fs::Metadata)>> {
     for entry in read {
         let entry = entry.at("reading", dir)?;
         let Ok(name) = entry.file_name().into_string() else { continue };
+        // What an NFS client calls a removed file that somebody has open: it goes by itself, and cannot be removed.
+        if name.starts_with('.') {
+            continue;
+        }
         match entry.metadata() {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             other => found.push((name, other.at("reading", entry.path())?)),
@@ -273,10 +282,11 @@ fn entries(dir: &Path) -> Result<Vec<(String, std::fs::Metadata)>> {
 /// When a file was written last; none when it is not there. Asked of an open file, as a `stat` may be answered from a
 /// cache.
 pub(super) fn modified(path: &Path) -> Result<Option<SystemTime>> {
-    match File::open(path).and_then(|file| file.metadata()).and_then(|meta| meta.modified()) {
+    let read = || match File::open(path).and_then(|file| file.metadata()).and_then(|meta| meta.modified()) {
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
         other => other.at("reading", path).map(Some),
-    }
+    };
+    publish::again_if_stale(read)
 }
 
 /// A generation that this process fills.
