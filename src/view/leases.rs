@@ -79,8 +79,10 @@ impl Leases {
 impl Tree {
     /// Leases the versions that this tree shows, from now on until [`Tree::end`], on a thread of its own.
     pub fn hold_leases(self: &Arc<Self>) {
-        let tree = Arc::downgrade(self);
         let leases = self.leases.clone();
+        // Where somebody else has served this mount before, the kernel knows what that has shown.
+        (0..self.version_slots.len()).for_each(|slot| leases.show(slot));
+        let tree = Arc::downgrade(self);
         let place = self.mountpoint.get().map_or_else(String::new, |at| format!(" at {}", at.path.display()));
         *lock(&leases.lease) = Some(Lease::new(self.store.clone(), format!("mount{place}")));
         let run = move || {
