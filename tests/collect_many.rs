@@ -6,12 +6,16 @@
 //! this machine is. Some creators have prepared a version in one round and publish it in a later one, when what they
 //! wanted to reuse may be gone.
 //!
+//! With `ENVFABRIC_NAS=300ms` threads and processes reach the store through two simulated NAS clients, each of which
+//! remembers names, misses, attributes and listings for so long, as machines of a fleet do.
+//!
 //! `ENVFABRIC_ROUNDS=200 cargo test --test collect_many` runs so many cases; cases that failed once are kept in
 //! `tests/collect_many.seeds` and run first.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+mod nas_client;
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{SITE, file, meta, noise};
 use envfabric::environment::{Builder, Digest, Document, EnvName, InterpreterRef, Source, VERSION_FORMAT, Version};
@@ -31,6 +35,7 @@ use envfabric::store::{
     GcOptions, Index, Keep, LayerKind, LayerWriter, Lease, Leased, Object, ObjectFile, Room, Severity, Store,
     documents, now,
 };
+use nas_client::Nas;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
@@ -134,7 +139,10 @@ impl Watch for Killer {
 
 /// What an actor works with.
 struct World {
-    dir: PathBuf,
+    /// Where other processes see the same directory.
+    elsewhere: PathBuf,
+    /// Where it is looked at without a cache.
+    backing: PathBuf,
     store: Store,
     keep: Keep,
 }
@@ -153,7 +161,8 @@ fn is_collected(error: &Error) -> bool {
 impl World {
     fn open(dir: &Path, keep: Keep) -> World {
         let store = Store::open(&dir.join("store")).unwrap();
-        World { dir: dir.to_path_buf(), store, keep }
+        let dir = dir.to_path_buf();
+        World { elsewhere: dir.clone(), backing: dir, store, keep }
     }
 
     /// Layer `n`: 0 is an interpreter, 1 a scaffold.
@@ -252,7 +261,7 @@ impl World {
 
     /// Notes what this process was told that it has published.
     fn log(&self, line: &str) {
-        let mut log = OpenOptions::new().append(true).create(true).open(self.dir.join("log")).unwrap();
+        let mut log = OpenOptions::new().append(true).create(true).open(self.backing.join("log")).unwrap();
         log.write_all(format!("{line}\n").as_bytes()).unwrap();
     }
 
@@ -328,6 +337,7 @@ fn child() {
     let number = |name: &str| std::env::var(name).unwrap().parse::<u64>().unwrap();
     let keep = if number("TEST_KEEP") == 0 { Keep::All } else { Keep::Newest(NEWEST) };
     let world = World::open(Path::new(&std::env::var("TEST_DIR").unwrap()), keep);
+    let world = World { backing: std::env::var("TEST_BACKING").unwrap().into(), ..world };
     let mut random = Random::new(number("TEST_SEED"));
     let killer = Killer { left: AtomicU64::new(number("TEST_LEFT")), afterwards: random.one_in(2) };
     let _watching = disk::watch(world.store.root(), Arc::new(killer));
@@ -343,7 +353,8 @@ fn child() {
 
 fn start(world: &World, role: &str, random: &mut Random) -> Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "child", "--nocapture"]).env("TEST_ROLE", role).env("TEST_DIR", &world.dir);
+    command.args(["--exact", "child", "--nocapture"]).env("TEST_ROLE", role).env("TEST_DIR", &world.elsewhere);
+    command.env("TEST_BACKING", &world.backing);
     command.env("TEST_SEED", random.next().to_string()).env("TEST_LEFT", random.below(60).to_string());
     command.env("TEST_KEEP", if world.keep == Keep::All { "0" } else { "1" });
     command.stdout(std::process::Stdio::null()).spawn().unwrap()
@@ -381,6 +392,9 @@ struct Model {
     /// Published, as their creators were told.
     told: BTreeSet<(EnvName, u64)>,
     leased: BTreeSet<(EnvName, u64)>,
+    /// Collectors may remember what was there before something was published, and retire by that: then the trash has it
+    /// until the next one.
+    is_distant: bool,
 }
 
 impl Model {
@@ -389,17 +403,24 @@ impl Model {
         assert_eq!(known, nonce, "{name}@{number} was used twice");
     }
 
+    fn there(&self, store: &Store, name: &EnvName) -> Vec<u64> {
+        match self.is_distant {
+            true => (1..500).filter(|number| store.version(name, *number).is_ok()).collect(),
+            false => store.version_numbers(name).unwrap(),
+        }
+    }
+
     /// Looks at a store that nobody works with.
     fn check(&mut self, world: &World) {
         let store = &world.store;
-        for line in fs::read_to_string(world.dir.join("log")).unwrap_or_default().lines() {
+        for line in fs::read_to_string(world.backing.join("log")).unwrap_or_default().lines() {
             let parts: Vec<&str> = line.split(' ').collect();
             let (name, number): (EnvName, u64) = (parts[0].parse().unwrap(), parts[1].parse().unwrap());
             self.see(&name, number, parts[2]);
             self.told.insert((name, number));
         }
         for name in NAMES.map(|name| name.parse::<EnvName>().unwrap()) {
-            let there = store.version_numbers(&name).unwrap();
+            let there = self.there(store, &name);
             for number in &there {
                 self.see(&name, *number, &store.version(&name, *number).unwrap().nonce);
             }
@@ -420,7 +441,7 @@ impl Model {
             }
         }
         for (name, number) in &self.leased {
-            assert!(store.version_numbers(name).unwrap().contains(number), "{name}@{number} was leased");
+            assert!(self.there(store, name).contains(number), "{name}@{number} was leased");
         }
         let report = store.fsck(&|_, _| {}).unwrap();
         let broken = report.findings.iter().filter(|f| f.severity == Severity::Error).collect::<Vec<_>>();
@@ -434,10 +455,19 @@ fn run(seed: u64) {
     let dir = if shared.is_dir() { tempfile::tempdir_in(shared) } else { tempfile::tempdir() }.unwrap();
     Store::init(&dir.path().join("store")).unwrap();
     let keep = if random.one_in(2) { Keep::All } else { Keep::Newest(NEWEST) };
-    let world = World::open(dir.path(), keep);
+    let nas: Vec<Nas> = match std::env::var("ENVFABRIC_NAS") {
+        Ok(attr_ttl) => {
+            let options = nas_client::Options { attr_ttl, ..nas_client::Options::default() };
+            (0..2).map(|_| Nas::start(dir.path(), &options)).collect()
+        }
+        Err(_) => vec![],
+    };
+    let seen = |n: usize| nas.get(n).map_or_else(|| dir.path().to_path_buf(), |nas| nas.mount().to_path_buf());
+    let world = World { elsewhere: seen(1), backing: dir.path().to_path_buf(), ..World::open(&seen(0), keep) };
+    let truth = World::open(dir.path(), keep);
     let faults = Arc::new(Faults { made: AtomicU64::new(0) });
     let _watching = disk::watch(world.store.root(), faults.clone());
-    let mut model = Model::default();
+    let mut model = Model { is_distant: !nas.is_empty(), ..Model::default() };
     let mut waiting: Vec<Prepared> = Vec::new();
     let (mut kills, mut started) = (0, 0);
     for _ in 0..4 + random.below(4) {
@@ -445,7 +475,7 @@ fn run(seed: u64) {
         let existing: BTreeSet<EnvName> = told.iter().map(|(name, _)| name.clone()).collect();
         // A mount that shows some versions.
         let there: Vec<&(EnvName, u64)> =
-            told.iter().filter(|(name, n)| world.store.version_numbers(name).unwrap().contains(n)).collect();
+            told.iter().filter(|(name, n)| truth.store.version_numbers(name).unwrap().contains(n)).collect();
         let shown = (0..there.len().min(3)).map(|_| there[random.below(there.len() as u64) as usize].clone());
         model.leased = shown.collect();
         let mut lease = Lease::new(world.store.clone(), "a test");
@@ -463,13 +493,21 @@ fn run(seed: u64) {
         waiting = asleep;
         std::thread::scope(|scope| {
             let mut writers = Vec::new();
+            let is_distant = !nas.is_empty();
             let (world, next, late, existing, working) = (&world, &next, &late, &existing, &working);
             for (n, seed) in seeds.iter().copied().enumerate() {
                 let mut random = Random::new(seed);
                 if n >= CREATORS + COLLECTORS {
                     scope.spawn(move || {
                         while working.load(Ordering::Relaxed) {
-                            world.read(&mut random, existing).unwrap();
+                            let again = random.clone();
+                            let mut read = world.read(&mut random, existing);
+                            // What is remembered of the trash may be old, and what was just taken not yet seen there.
+                            let begun = Instant::now();
+                            while is_distant && read.is_err() && begun.elapsed() < Duration::from_secs(5) {
+                                read = world.read(&mut again.clone(), existing);
+                            }
+                            read.unwrap();
                         }
                     });
                     continue;
@@ -505,25 +543,27 @@ fn run(seed: u64) {
             waiting.extend(std::mem::take(&mut *late.lock().unwrap()));
         });
         waiting.extend(next.into_inner().unwrap());
-        model.check(&world);
+        model.check(&truth);
         drop(lease);
-        pass_all(&world.store, Duration::from_secs(60 * [0, 40, 70, 200, 200][random.below(5) as usize]));
+        pass_all(&truth.store, Duration::from_secs(60 * [0, 40, 70, 200, 200][random.below(5) as usize]));
     }
     assert_eq!(kills, started, "every process was killed, and none failed");
     // In the end only what is needed is there.
     model.leased.clear();
+    model.is_distant = false;
+    truth.collect().unwrap();
     for _ in 0..8 {
-        world.collect().unwrap();
-        model.check(&world);
-        pass_all(&world.store, GRACE * 2);
+        truth.collect().unwrap();
+        model.check(&truth);
+        pass_all(&truth.store, GRACE * 2);
     }
-    world.collect().unwrap();
+    truth.collect().unwrap();
     let left =
-        Command::new("find").arg(world.store.root().join("trash")).args(["-printf", "%P %T+\n"]).output().unwrap();
+        Command::new("find").arg(truth.store.root().join("trash")).args(["-printf", "%P %T+\n"]).output().unwrap();
     let left = String::from_utf8(left.stdout).unwrap();
     assert_eq!(left.lines().count(), 1, "{left}");
-    assert_eq!(fs::read_dir(world.store.tmp()).unwrap().count(), 0);
-    model.check(&world);
+    assert_eq!(fs::read_dir(truth.store.tmp()).unwrap().count(), 0);
+    model.check(&truth);
     TOTALS[0].fetch_add(kills, Ordering::Relaxed);
     TOTALS[1].fetch_add(faults.made.load(Ordering::Relaxed), Ordering::Relaxed);
     TOTALS[2].fetch_add(model.numbers.len() as u64, Ordering::Relaxed);
