@@ -11,6 +11,8 @@ mod daemon;
 mod diff;
 mod doctor;
 mod fsck;
+mod gc;
+mod index;
 mod init;
 mod interrupt;
 mod list;
@@ -96,7 +98,10 @@ enum Verb {
     Warm(warm::Warm),
     Profile(profile::Profile),
     Stats(stats::Stats),
+    Gc(gc::Gc),
     Fsck(fsck::Fsck),
+    #[command(subcommand)]
+    Index(index::Index),
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
     Man(completions::Man),
@@ -138,6 +143,11 @@ impl Context {
         let state = self.settings.state()?.to_path_buf();
         let scratch = self.settings.scratch.clone();
         Ok(build::Context { store, index, uv, state, scratch, progress, trial: None })
+    }
+
+    /// Drops this machine's index of `store`, if there is one.
+    fn forget(&self, store: &Store) -> Result<()> {
+        self.settings.state().map_or(Ok(()), |state| Index::forget(state, store))
     }
 
     /// This machine's index of `store`; for a service user without a home, one in memory.
@@ -210,7 +220,9 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
         Verb::Warm(verb) => verb.run(&context),
         Verb::Profile(verb) => verb.run(&context),
         Verb::Stats(verb) => verb.run(&context),
+        Verb::Gc(verb) => verb.run(&context),
         Verb::Fsck(verb) => verb.run(&context),
+        Verb::Index(verb) => verb.run(&context),
         Verb::Doctor(verb) => verb.run(&context),
         Verb::Completions(_) | Verb::Man(_) => Ok(ExitCode::SUCCESS),
     }

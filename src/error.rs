@@ -35,6 +35,8 @@ pub enum Kind {
     WouldWait,
     /// The store has not answered in time.
     TimedOut,
+    /// What was to be used again was collected meanwhile; it can be built again.
+    Collected,
 }
 
 impl Kind {
@@ -55,7 +57,7 @@ impl Kind {
             Kind::Unsupported => libc::EOPNOTSUPP,
             Kind::Busy => libc::EBUSY,
             Kind::Os(errno) => errno,
-            Kind::Corrupt | Kind::Failed | Kind::TimedOut => libc::EIO,
+            Kind::Corrupt | Kind::Failed | Kind::TimedOut | Kind::Collected => libc::EIO,
             Kind::Interrupted => libc::EINTR,
             Kind::WouldWait => libc::EAGAIN,
         }
@@ -75,6 +77,7 @@ impl Kind {
             Kind::Interrupted => "interrupted",
             Kind::WouldWait => "would-wait",
             Kind::TimedOut => "timed-out",
+            Kind::Collected => "collected",
         }
     }
 }

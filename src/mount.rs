@@ -207,6 +207,7 @@ fn serve(tree: Tree, options: &Options, source: &str, records: bool) -> Result<M
             let ahead = move || tree.run_ahead();
             std::thread::Builder::new().name("ahead".into()).spawn(ahead).at("serving", &dir)?;
         }
+        records.then(|| tree.hold_leases());
         refresh::spawn(refresher, tree, notifier).at("serving", &dir)?;
         Ok(mounted)
     })();

@@ -27,6 +27,7 @@ mod bytes;
 mod documents;
 mod imports;
 mod inode;
+mod leases;
 mod listing;
 mod loading;
 mod lru;
@@ -57,6 +58,7 @@ use crate::error::{Error, Kind, Result};
 use crate::store::{Catalog, Index, LayerDoc, LayerKind, Node, Place, Row, RowId, ScannedKind, Store};
 use attrs::{lasting_dir, lasting_file, moving_dir, row_attr};
 use bytes::{Location, Objects};
+use leases::Leases;
 use lru::Lru;
 use merge::{Child, Content, MergedDir};
 use names::{Age, Names};
@@ -203,6 +205,7 @@ pub struct Tree {
     /// Packs of which the part that programs need was asked for.
     begun: Lru<crate::store::Object, ()>,
     starts: Starts,
+    leases: Arc<Leases>,
     /// Note what starts read, for the profiles of versions.
     records: bool,
     told: Mutex<HashSet<String>>,
@@ -250,6 +253,7 @@ impl Tree {
             cache: None,
             begun: Lru::new(LOCATIONS_MAX / 16),
             starts: Starts::default(),
+            leases: Arc::default(),
             records: false,
             told: Mutex::default(),
         }
@@ -538,7 +542,13 @@ impl Tree {
     }
 
     fn layers(&self, view: &VersionView) -> Result<Arc<Layers>> {
-        view.layers(|digests, summaries| self.layer_docs(digests, summaries), |digest| self.layer_slots.ensure(digest))
+        view.layers(
+            |digests, summaries| {
+                self.leases.show(view.slot);
+                self.layer_docs(digests, summaries)
+            },
+            |digest| self.layer_slots.ensure(digest),
+        )
     }
 
     fn version(&self, slot: u32) -> Result<Arc<VersionView>> {

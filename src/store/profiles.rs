@@ -117,6 +117,21 @@ impl Store {
         self.env_dir(name).join("profiles").join(number.to_string())
     }
 
+    /// Files of profiles that nobody needs: of versions that are not among `versions`, and those that a later one covers.
+    pub(super) fn idle_profiles(&self, name: &EnvName, versions: &[u64]) -> Result<Vec<PathBuf>> {
+        let root = self.env_dir(name).join("profiles");
+        let mut idle = Vec::new();
+        for version in list_names(&root)? {
+            let files = list_names(&root.join(&version))?;
+            let sequence = |file: &String| file.strip_suffix(".json")?.parse::<u64>().ok();
+            let newest = files.iter().filter_map(sequence).max();
+            let needed = version.parse().is_ok_and(|number| versions.contains(&number));
+            let is_idle = |file: &&String| !needed || sequence(file).is_some() && sequence(file) != newest;
+            idle.extend(files.iter().filter(is_idle).map(|file| root.join(&version).join(file)));
+        }
+        Ok(idle)
+    }
+
     /// What is known of the starts of a version, with its sequence number.
     pub fn profile(&self, name: &EnvName, number: u64) -> Result<Option<(u64, Profile)>> {
         let dir = self.profiles_dir(name, number);

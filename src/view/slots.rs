@@ -46,6 +46,12 @@ impl<K: Clone + Eq + Hash> Slots<K> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).slots.get(key).copied()
     }
 
+    /// How many slots are given out.
+    pub(super) fn len(&self) -> u32 {
+        // There are never more than `SLOTS_MAX`.
+        self.0.read().unwrap_or_else(PoisonError::into_inner).keys.len() as u32
+    }
+
     /// The key in `slot`.
     pub(super) fn key(&self, slot: u32) -> Option<K> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).keys.get(slot as usize).cloned()
