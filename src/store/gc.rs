@@ -271,11 +271,10 @@ impl Collector<'_> {
             for files in all.chunks(1024) {
                 seen += files.len() as u64;
                 (self.progress)(GcStep::Sweeping(seen));
-                let looked =
-                    in_parallel(files, |below| match is_ours(below) && !self.store.is_needed(below, &marks) {
-                        true => size_and_time(&self.store.place(below)),
-                        false => Ok(None),
-                    });
+                let looked = in_parallel(files, |below| match is_ours(below) && !self.store.is_needed(below, &marks) {
+                    true => size_and_time(&self.store.place(below)),
+                    false => Ok(None),
+                });
                 for (below, looked) in files.iter().zip(looked) {
                     let Some((size, time)) = looked? else { continue };
                     if !self.is_old(time) {
