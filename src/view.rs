@@ -59,7 +59,8 @@ use bytes::{Location, Objects};
 use lru::Lru;
 use merge::{Child, Content, MergedDir};
 use names::{Age, Names};
-use slots::Slots;
+pub use slots::Log;
+use slots::{Slots, Written};
 use starts::Starts;
 pub use starts::Warming;
 use version::{Layers, VersionView, damaged, gone};
@@ -216,6 +217,37 @@ enum NameKey {
     Node(EnvName),
 }
 
+impl Written for NameKey {
+    fn write(&self) -> Vec<u8> {
+        match self {
+            NameKey::Workflow(workflow) => workflow.clone().into_bytes(),
+            NameKey::Node(env) => env.to_string().into_bytes(),
+        }
+    }
+
+    fn read(bytes: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(bytes).ok()?;
+        match text.contains('/') {
+            true => text.parse().ok().map(NameKey::Node),
+            false => part(bytes).map(|workflow| NameKey::Workflow(workflow.into())),
+        }
+    }
+}
+
+/// Where a tree keeps what must outlive the process that serves it, so that the next one gives the same numbers the same
+/// meaning.
+#[derive(Debug, Clone)]
+pub struct Logs {
+    /// Slots of layers.
+    pub layers: Arc<dyn Log>,
+    /// Slots of versions.
+    pub versions: Arc<dyn Log>,
+    /// Slots of workflows and nodes.
+    pub names: Arc<dyn Log>,
+    /// Versions that were current, of environments of which one was shown.
+    pub current: Arc<dyn Log>,
+}
+
 impl Tree {
     /// Everything in `store`.
     pub fn new(store: Store, index: Arc<Index>) -> Tree {
@@ -252,6 +284,27 @@ impl Tree {
             records: false,
             told: Mutex::default(),
         }
+    }
+
+    /// The same, going on with what earlier processes have told of it.
+    pub fn kept(self, logs: Logs) -> Tree {
+        self.names.go_on(Slots::kept(logs.current));
+        let Logs { layers, versions, names, .. } = logs;
+        Tree {
+            layer_slots: Slots::kept(layers),
+            version_slots: Slots::kept(versions),
+            name_slots: Slots::kept(names),
+            ..self
+        }
+    }
+
+    /// Sees whether the store can be read, as far as that is needed to begin.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn prove(&self) -> Result<()> {
+        self.store.require_present()?;
+        self.attr(Ino::ROOT).map(drop)
     }
 
     /// The same with what this node keeps of the store.
