@@ -11,6 +11,7 @@
 //! open to everybody; and because one day another process will hold it.
 
 mod adapter;
+mod alive;
 mod attach;
 mod kept;
 mod passthrough;
@@ -32,9 +33,10 @@ use fuser::{Config, Generation, Notifier, Session, SessionACL};
 use signal_hook::iterator::Signals;
 use tempfile::TempDir;
 
+pub use alive::{Alive, alive};
 pub use attach::{fusermount, preflight, umount};
 pub use passthrough::{NoPassthrough, is_local, obstacle};
-pub use stats::{Memory, Opens, PassthroughUse, Stats, stats};
+pub use stats::{Memory, Opens, PassthroughUse, Stats, Supervised, stats};
 pub use table::{MountInfo, find, mounts};
 pub use trial::{clear_dead_trials, end_trials, profile, trial};
 pub use warm::{Warmed, warm};
@@ -264,8 +266,7 @@ fn settle(tree: &Tree, refresher: &Refresher) {
 
 fn serve(tree: Tree, options: &Options, source: &str, records: bool) -> Result<Mounted> {
     let dir = attach::preflight(&options.mount_point)?;
-    let tenure =
-        Tenure { kept: Arc::new(Kept::new()?), life: None, agreed: Agreed::default(), rehearses: false };
+    let tenure = Tenure { kept: Arc::new(Kept::new()?), life: None, agreed: Agreed::default(), rehearses: false };
     let mut ready = ready(tree, options, &dir, records, &tenure)?;
     let device = attach::attach(&dir, source, ready.tree.store().root(), options.allow_other)?;
     let started = (|| {
@@ -274,7 +275,11 @@ fn serve(tree: Tree, options: &Options, source: &str, records: bool) -> Result<M
         ready.tree.set_mountpoint(at.clone());
         let own = device.try_clone().at("serving", &dir)?;
         let passthrough = &ready.adapter.passthrough;
-        let begins = || if passthrough.is_enabled() { passthrough.serve(own) };
+        let begins = || {
+            if passthrough.is_enabled() {
+                passthrough.serve(own)
+            }
+        };
         let running = ready.answer(device, &dir, begins)?;
         let mounted = Mounted {
             at: at.clone(),

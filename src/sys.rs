@@ -61,12 +61,13 @@ pub(crate) fn few_heaps(arenas: i32) {
     let _ = arenas;
 }
 
-/// Takes ownership of a descriptor that was just received through a socket and is known to nobody else.
+/// Takes ownership of a descriptor that was just received, through a socket or from who started this program, and is
+/// known to nobody else.
 pub(crate) fn own(descriptor: RawFd) -> io::Result<OwnedFd> {
     if descriptor < 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
     }
-    // SAFETY: SCM_RIGHTS made the descriptor for this process; the only caller passes it on at once and once.
+    // SAFETY: SCM_RIGHTS, accept or a service manager made the descriptor for this process; callers pass it on once.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 

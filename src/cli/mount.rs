@@ -1,5 +1,6 @@
 //! `envfabric mount` and `envfabric umount`
 
+use std::cell::Cell;
 use std::ffi::OsString;
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -13,6 +14,7 @@ use jiff::SignedDuration;
 use super::Context;
 use super::cache::CacheFlags;
 use super::daemon::start_daemon;
+use crate::environment::Digest;
 use crate::error::{IoContext, Kind, Result};
 use crate::mount::supervisor::{self, Program};
 use crate::mount::{self, Ended, Options};
@@ -174,7 +176,18 @@ impl Mount {
             watchdog: self.watchdog.map_or(WATCHDOG, |time| time.try_into().unwrap_or(Duration::MAX)),
             restarts: Some(self.restarts.unwrap_or(RESTARTS)).filter(|limit| *limit > 0),
         };
-        match supervisor::supervise(settings, ready)? {
+        let words = given_up_file(context, dir);
+        let began = Cell::new(false);
+        let ended = supervisor::supervise(settings, || {
+            began.set(true);
+            // What was said of an earlier mount.
+            words.iter().for_each(|words| _ = std::fs::remove_file(words));
+            ready();
+        });
+        if let (Err(error), Some(words), true) = (&ended, &words, began.get()) {
+            let _ = std::fs::write(words, error.chain());
+        }
+        match ended? {
             Ended::Unmounted => Ok(ExitCode::SUCCESS),
             // The user has said twice that nobody is to be waited for.
             Ended::Abandoned => Ok(ExitCode::from(Kind::Interrupted.exit_code())),
@@ -217,6 +230,18 @@ impl Mount {
     }
 }
 
+/// Where it is written down why the mount at `dir` was given up.
+fn given_up_file(context: &Context, dir: &Path) -> Option<PathBuf> {
+    let name = Digest::of(dir.as_os_str().as_encoded_bytes());
+    Some(context.settings.state().ok()?.join(format!("given-up-{}", name.short())))
+}
+
+/// Why the mount at `dir` was given up, if it was.
+pub(super) fn given_up(context: &Context, dir: &Path) -> Option<String> {
+    let dir = std::path::absolute(dir).ok()?;
+    std::fs::read_to_string(given_up_file(context, &dir)?).ok()
+}
+
 /// Take a mount away
 #[derive(Debug, clap::Args)]
 #[command(visible_alias = "unmount")]
@@ -250,7 +275,10 @@ impl Umount {
         let dir = self.dir.clone().unwrap_or_else(|| context.settings.mount.clone());
         let dir = std::path::absolute(&dir).at("finding", &dir)?;
         // What serves it writes down what it knows before it ends; whoever mounts again needs that to be done.
-        let served_by = if self.lazy { None } else { mount::stats(&dir).ok().map(|stats| stats.pid) };
+        let served_by = if self.lazy { None } else { mount::stats(&dir).ok() };
+        let served_by: Vec<u32> = served_by
+            .map(|stats| std::iter::once(stats.pid).chain(stats.supervised.map(|by| by.supervisor)).collect())
+            .unwrap_or_default();
         mount::umount(&dir, self.lazy)?;
         served_by.into_iter().for_each(wait_for_end);
         context.out.result(&serde_json::json!({ "unmounted": dir.to_string_lossy() }), |w| {

@@ -215,7 +215,7 @@ impl Filesystem for Adapter {
         }
         // With a low number, reads that wait for a slow store would keep reads of local files waiting.
         let _ = config.set_max_background(u16::MAX);
-        let _ = config.set_max_write(1 << 20);
+        let _ = config.set_max_write(if self.shift.disagrees() { 1 << 19 } else { 1 << 20 });
         if self.agreed.resend {
             let _ = config.add_capabilities(InitFlags::FUSE_HAS_RESEND);
         }
@@ -398,12 +398,16 @@ impl Filesystem for Adapter {
         }
         // Asks nobody else, so that it is told whatever hangs.
         if name.as_bytes() == stats::ATTRIBUTE.to_bytes() {
-            return reply_xattr(&self.counters.tell(&self.tree, &self.passthrough, self.threads), size, reply);
+            return reply_xattr(
+                &self.counters.tell(&self.tree, &self.passthrough, self.threads, &self.shift),
+                size,
+                reply,
+            );
         }
         let name = name.to_os_string();
         if name.as_bytes().starts_with(b"user.envfabric.warm") {
             return self.answer(
-            begun,
+                begun,
                 reply,
                 move |serving, _| warm::answer(&serving.tree, ino(number), name.as_bytes()).transpose(),
                 move |_, reply, told| match told {

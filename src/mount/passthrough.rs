@@ -163,7 +163,9 @@ impl fmt::Display for NoPassthrough {
                 f.write_str("the files are not on a local file system that has it (ext4, xfs, btrfs, tmpfs)")
             }
             NoPassthrough::Kernel => f.write_str("this kernel does not offer it (Linux 6.9 and later do)"),
-            NoPassthrough::MadeWithout => f.write_str("the mount was made without it: unmount and mount again to have it"),
+            NoPassthrough::MadeWithout => {
+                f.write_str("the mount was made without it: unmount and mount again to have it")
+            }
             NoPassthrough::Refused(error) => write!(f, "the kernel refused it: {error}"),
         }
     }

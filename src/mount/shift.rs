@@ -85,6 +85,16 @@ impl Shift {
         }
     }
 
+    /// What `of` makes of the numbers that are kept, where another worker would go on with the mount.
+    pub(super) fn of_supervised<T>(&self, of: impl FnOnce(&dyn Fn(Number) -> u64) -> T) -> Option<T> {
+        self.life.map(|_| of(&|number| self.kept.get(number)))
+    }
+
+    /// True when a test wants a worker that agrees with the kernel on something else.
+    pub(super) fn disagrees(&self) -> bool {
+        self.faults.disagree
+    }
+
     /// What tests want to happen when `name` is looked up.
     pub(super) fn meet(&self, name: &[u8]) {
         if let Some(life) = self.life {
@@ -133,14 +143,15 @@ impl Drop for Working {
     }
 }
 
-/// What tests make go wrong, by `ENVFABRIC_FAULTS`: a list of `delay=MILLISECONDS`, `panic=NAME`, `hang=NAME` and
-/// `hang-first=NAME` (in the first worker of a mount only).
+/// What tests make go wrong, by `ENVFABRIC_FAULTS`: a list of `delay=MILLISECONDS`, `panic=NAME`, `hang=NAME` `disagree=1`
+/// and `hang-first=NAME` (in the first worker of a mount only).
 #[derive(Debug, Default)]
 struct Faults {
     delay: u64,
     panic: Option<String>,
     hang: Option<String>,
     hang_first: Option<String>,
+    disagree: bool,
 }
 
 impl Faults {
@@ -151,14 +162,20 @@ impl Faults {
             parts.find(|(name, _)| *name == key).map(|(_, value)| value.to_string())
         };
         let delay = value("delay").and_then(|delay| delay.parse().ok()).unwrap_or(0);
-        Faults { delay, panic: value("panic"), hang: value("hang"), hang_first: value("hang-first") }
+        Faults {
+            delay,
+            panic: value("panic"),
+            hang: value("hang"),
+            hang_first: value("hang-first"),
+            disagree: value("disagree").is_some(),
+        }
     }
 
     /// Takes a while, differently long from request to request.
     fn delay(&self, unique: u64) {
         if self.delay > 0 {
             let part = unique.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 48;
-            std::thread::sleep(Duration::from_micros(self.delay * 1000 * part >> 16));
+            std::thread::sleep(Duration::from_micros((self.delay * 1000 * part) >> 16));
         }
     }
 

@@ -28,6 +28,7 @@ mod handshake;
 mod policy;
 mod process;
 mod replace;
+mod systemd;
 mod watch;
 mod wire;
 mod worker;
@@ -138,15 +139,20 @@ struct Mounted {
 /// # Errors
 /// Those of the first worker, of mounting; or the worker's last words when one after the other has ended.
 pub fn supervise(settings: Settings, ready: impl FnOnce()) -> Result<Ended> {
-    let dir = attach::preflight(&settings.mount_point)?;
+    let stored = systemd::take().at("taking over", "what the service manager has kept")?;
+    let left = stored.and_then(|(device, file)| take_over(&settings.mount_point, device, file));
+    let (dir, kept, mounted) = match left {
+        Some((kept, mounted)) => (PathBuf::from(&mounted.about.mount_point), kept, Some(mounted)),
+        None => (attach::preflight(&settings.mount_point)?, Kept::new()?, None),
+    };
     let mut supervisor = Supervisor {
         mount_point: dir,
         wakes: Wakes::new()?,
-        kept: Arc::new(Kept::new()?),
+        kept: Arc::new(kept),
         watchdog: settings.watchdog,
         policy: Policy::new(settings.restarts),
         program: Arc::new(settings.program),
-        mounted: None,
+        mounted,
         worker: None,
         restart: None,
         lingering: Vec::new(),
@@ -154,15 +160,51 @@ pub fn supervise(settings: Settings, ready: impl FnOnce()) -> Result<Ended> {
         leaving: 0,
     };
     supervisor.kept.set(Number::Supervisor, std::process::id().into());
-    supervisor.kept.set(Number::NoResend, u64::from(!settings.resend));
-    if let Err(error) = supervisor.make() {
-        if supervisor.mounted.is_some() {
-            let _ = attach::detach(&supervisor.mount_point, true);
+    match supervisor.mounted.is_some() {
+        true => supervisor.inherit()?,
+        false => {
+            supervisor.kept.set(Number::NoResend, u64::from(!settings.resend));
+            if let Err(error) = supervisor.make() {
+                if supervisor.mounted.is_some() {
+                    let _ = attach::detach(&supervisor.mount_point, true);
+                }
+                return Err(error);
+            }
         }
-        return Err(error);
     }
     ready();
-    supervisor.run()
+    systemd::tell(&format!("READY=1\nSTATUS=serving {}", supervisor.mount_point.display()), &[]);
+    let ended = supervisor.run();
+    systemd::drop_kept();
+    ended
+}
+
+/// The mount at `dir` that an earlier supervisor has left, if it still is one.
+fn take_over(dir: &Path, device: OwnedFd, file: OwnedFd) -> Option<(Kept, Mounted)> {
+    let left = (|| {
+        let none = || Error::new(Kind::Failed, "nothing was written down about it");
+        let kept = Kept::open(file)?;
+        let (about, (_, reply)) = kept.about()?.zip(kept.init()?).ok_or_else(none)?;
+        if table::absolute(dir)? != Path::new(&about.mount_point) {
+            return Err(Error::new(Kind::Failed, format!("it is at {}", about.mount_point)));
+        }
+        Ok((kept, Mounted::new(device, about, &reply)))
+    })();
+    match left {
+        Ok((_, mounted)) if is_broken(&mounted.device) => None,
+        Ok(left) => Some(left),
+        Err(error) => {
+            tracing::warn!(error = error.chain(), "the mount that was left cannot be gone on with");
+            None
+        }
+    }
+}
+
+/// True when the kernel has ended the connection.
+fn is_broken(device: &OwnedFd) -> bool {
+    // Only an error is waited for: readable it is whenever there is work.
+    let mut polled = [PollFd::new(device.as_fd(), PollFlags::empty())];
+    poll(&mut polled, PollTimeout::ZERO).is_ok_and(|n| n > 0)
 }
 
 impl Supervisor {
@@ -178,6 +220,14 @@ impl Supervisor {
         made.inspect_err(|_| _ = worker.kill())?;
         self.installed(worker);
         Ok(())
+    }
+
+    /// Goes on with a mount that an earlier supervisor has left.
+    fn inherit(&mut self) -> Result<()> {
+        tracing::warn!(mount_point = %self.mount_point.display(), "going on with the mount of an earlier supervisor");
+        systemd::end_left(&self.kept);
+        self.clear_up(self.kept.get(Number::Lives), false);
+        self.go_on()
     }
 
     /// Makes the mount and agrees with the kernel on what the worker says.
@@ -201,6 +251,7 @@ impl Supervisor {
         })();
         match mounted {
             Ok((about, reply)) => {
+                systemd::keep(&device, &self.kept);
                 self.mounted = Some(Mounted::new(device, about, &reply));
                 Ok(())
             }
@@ -315,11 +366,9 @@ impl Supervisor {
         wait_for(&all, next).map(drop).at("waiting for", "the worker")
     }
 
-    /// True when the kernel has ended the connection.
+    /// True when the mount is gone.
     fn is_unmounted(&self) -> bool {
-        let Some(mounted) = &self.mounted else { return true };
-        let mut polled = [PollFd::new(mounted.device.as_fd(), PollFlags::empty())];
-        poll(&mut polled, PollTimeout::ZERO).is_ok_and(|n| n > 0)
+        self.mounted.as_ref().is_none_or(|mounted| is_broken(&mounted.device))
     }
 
     /// Waits for what serves a mount that is gone.

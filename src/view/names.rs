@@ -23,10 +23,10 @@ use std::hash::Hash;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use super::slots::Slots;
 use crate::environment::{EnvName, Version};
 use crate::error::{Error, Kind, Result};
 use crate::patience::{self, Answered, Flights};
-use super::slots::Slots;
 use crate::store::{Store, in_parallel};
 pub(super) use cells::{Age, Known};
 use cells::{Cells, Outage, lock, time_now};

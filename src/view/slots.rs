@@ -88,8 +88,9 @@ impl<K: Written> Slots<K> {
                 return Ok(*slot);
             }
             if inner.keys.len() >= SLOTS_MAX as usize {
-                return Err(Error::new(Kind::Unsupported, "this mount has no numbers left")
-                    .hint("unmount and mount again"));
+                return Err(
+                    Error::new(Kind::Unsupported, "this mount has no numbers left").hint("unmount and mount again")
+                );
             }
             // Written down before anybody is told.
             let Some(log) = &self.log else { return Ok(inner.push(key.clone())) };
@@ -213,7 +214,7 @@ mod tests {
         let tables: Vec<Slots<u32>> = (0..3).map(|_| Slots::kept(log.clone())).collect();
         std::thread::scope(|scope| {
             for (n, table) in tables.iter().enumerate() {
-                scope.spawn(move || (0..500u32).for_each(|k| drop(table.ensure(&(k * (n as u32 + 1)))))); 
+                scope.spawn(move || (0..500u32).for_each(|k| drop(table.ensure(&(k * (n as u32 + 1))))));
             }
         });
         let later = Slots::kept(log.clone());

@@ -44,13 +44,20 @@ impl Supervised {
 
     /// The same without waiting.
     pub fn begin(fixture: &Fixture, name: &str, flags: &[&str], vars: &[(&str, &str)]) -> Supervised {
+        Supervised::begin_by(&[], fixture, name, flags, vars)
+    }
+
+    /// The same, with the program started by `by`.
+    fn begin_by(by: &[OsString], fixture: &Fixture, name: &str, flags: &[&str], vars: &[(&str, &str)]) -> Supervised {
         let at = |name: &str| fixture.dir.path().join(name);
         let (log, dir) = (at(&format!("{name}.log")), at(name));
         let mut all: Vec<(OsString, OsString)> = ["XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"]
             .map(|variable| (variable.into(), at(variable).into_os_string()))
             .into();
         all.extend(vars.iter().map(|(variable, value)| (variable.into(), value.into())));
-        let child = Command::new(PROGRAM)
+        let all_of_it: Vec<OsString> = by.iter().cloned().chain([PROGRAM.into()]).collect();
+        let child = Command::new(&all_of_it[0])
+            .args(&all_of_it[1..])
             .arg("--store")
             .arg(fixture.store.root())
             .args(["mount", "--foreground"])
@@ -135,9 +142,13 @@ impl Drop for Supervised {
             eprintln!("the log of the mount:\n{}", self.log());
         }
         let worker = self.try_status().and_then(|status| status.worker);
+        let supervisor = self.try_status().map(|status| status.supervisor);
         let mut child = self.child.lock().unwrap();
         let _ = child.kill();
         let _ = child.wait();
+        if let Some(supervisor) = supervisor {
+            let _ = kill(Pid::from_raw(supervisor as i32), Signal::SIGKILL);
+        }
         if let Some(worker) = worker {
             let _ = kill(Pid::from_raw(worker as i32), Signal::SIGKILL);
         }
@@ -292,7 +303,7 @@ impl Load {
         let (venv, mut state) = (venv.to_path_buf(), 5);
         Box::new(move |turn| {
             for (n, (path, content)) in self.files.iter().enumerate() {
-                if random(&mut state) % 4 == 0 {
+                if random(&mut state).is_multiple_of(4) {
                     let mut part = vec![0; 3000];
                     let from = random(&mut state) as usize % (content.len() - part.len());
                     forget(&held[n]);
@@ -421,7 +432,93 @@ fn changes<'a>(fixture: &'a Fixture, mount: &Supervised) -> Box<dyn FnMut(u64) +
         }
         let link = fs::read_link(env.join(".venv")).unwrap();
         assert_eq!(fs::read(env.join(&link).join(SITE).join("x.py")).unwrap(), b"x");
-        assert!(fs::read_dir(env.join(".versions")).unwrap().map(|entry| entry.unwrap()).count() > 0);
+        assert!(fs::read_dir(env.join(".versions")).unwrap().all(|entry| entry.is_ok()));
         thread::sleep(Duration::from_millis(5));
     })
+}
+
+/// Unmounted lazily when dropped.
+pub struct Unmounted(pub PathBuf);
+
+impl Drop for Unmounted {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// All files below `dir`.
+pub fn walk(dir: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir).unwrap().flatten() {
+        match entry.file_type().unwrap().is_dir() {
+            true => files.extend(walk(&entry.path())),
+            false => files.push(entry.path()),
+        }
+    }
+    files
+}
+
+/// Stands in for a service manager: starts the program, keeps what it is given to keep, and starts it again with that
+/// when it was killed. Writes down what it is told.
+pub struct Manager {
+    pub mount: Supervised,
+    told: PathBuf,
+}
+
+const MANAGER: &str = r#"
+import array, os, socket, subprocess, sys, threading
+told, program = sys.argv[1], sys.argv[2:]
+address = told + ".socket"
+listens = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+listens.bind(address)
+kept = {}
+def hear():
+    while True:
+        text, rights, _, _ = listens.recvmsg(65536, socket.CMSG_SPACE(64))
+        given = array.array("i")
+        for level, kind, data in rights:
+            given.frombytes(data)
+        if text == b"END":
+            return
+        fields = dict(line.split("=", 1) for line in text.decode().splitlines())
+        if "FDSTORE" in fields:
+            kept[fields["FDNAME"]] = given[0]
+        if "FDSTOREREMOVE" in fields:
+            os.close(kept.pop(fields["FDNAME"]))
+        with open(told, "a") as out:
+            out.write(text.decode() + "\n")
+hears = threading.Thread(target=hear, daemon=True)
+hears.start()
+def inherit(given):
+    high = [os.dup(fd) if fd > 20 else __import__("fcntl").fcntl(fd, 0, 20) for fd in given]
+    for place, fd in enumerate(high):
+        os.dup2(fd, 3 + place, inheritable=True)
+    os.environ["LISTEN_PID"] = str(os.getpid())
+while True:
+    names, given = list(kept.keys()), list(kept.values())
+    os.environ.update(NOTIFY_SOCKET=address, LISTEN_FDS=str(len(given)), LISTEN_FDNAMES=":".join(names))
+    pid = os.fork()
+    if pid == 0:
+        inherit(given)
+        os.execv(program[0], program)
+    _, status = os.waitpid(pid, 0)
+    if not os.WIFSIGNALED(status):
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"END", address)
+        hears.join()
+        sys.exit(os.waitstatus_to_exitcode(status))
+"#;
+
+impl Manager {
+    pub fn start(fixture: &Fixture, name: &str, flags: &[&str]) -> Manager {
+        let told = fixture.dir.path().join("told");
+        fs::write(&told, "").unwrap();
+        let start = ["python3".into(), "-c".into(), MANAGER.into(), told.clone().into_os_string()];
+        let mount = Supervised::begin_by(&start, fixture, name, flags, &[]);
+        until("it is mounted", || mount.try_status().is_some_and(|status| status.worker.is_some()));
+        Manager { mount, told }
+    }
+
+    pub fn said(&self) -> String {
+        fs::read_to_string(&self.told).unwrap()
+    }
 }

@@ -52,9 +52,17 @@ impl Handle {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::mount) enum Record {
     Free,
-    Open { handle: Handle, unique: u64, ino: u64, way: Way },
+    Open {
+        handle: Handle,
+        unique: u64,
+        ino: u64,
+        way: Way,
+    },
     /// To be finished: the file must be let go of, and then the place.
-    Closing { handle: Handle, backing: u32 },
+    Closing {
+        handle: Handle,
+        backing: u32,
+    },
 }
 
 /// See the module. One process at a time may change it.

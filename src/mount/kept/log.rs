@@ -49,7 +49,8 @@ impl Log for SharedLog {
         let own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
         let again = own.try_clone().at("opening", "what is kept of a mount")?;
         let locked = Flock::lock(again, FlockArg::LockExclusive);
-        let locked = locked.map_err(|(_, errno)| std::io::Error::from(errno)).at("locking", "what is kept of a mount")?;
+        let locked =
+            locked.map_err(|(_, errno)| std::io::Error::from(errno)).at("locking", "what is kept of a mount")?;
         let fits = self.length().load(Ordering::Acquire) == length;
         if fits {
             let end = length + record.len() as u64;
@@ -74,7 +75,10 @@ mod tests {
         let (a, b) = (SharedLog::open(kept.clone(), 0).unwrap(), SharedLog::open(kept.clone(), 0).unwrap());
         let other = SharedLog::open(kept, 1).unwrap();
         assert!(a.append(0, b"one").unwrap() && !b.append(0, b"two").unwrap() && b.append(3, b"two").unwrap());
-        assert_eq!((a.read(0).unwrap(), a.read(3).unwrap(), b.read(6).unwrap()), (b"onetwo".into(), b"two".into(), vec![]));
+        assert_eq!(
+            (a.read(0).unwrap(), a.read(3).unwrap(), b.read(6).unwrap()),
+            (b"onetwo".into(), b"two".into(), vec![])
+        );
         assert_eq!(other.read(0).unwrap(), b"");
         // From many threads and descriptors at once, all is there, once.
         std::thread::scope(|scope| {

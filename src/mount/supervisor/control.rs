@@ -34,7 +34,10 @@ const REPLACES: Duration = Duration::from_secs(400);
 pub(super) enum Question {
     Status,
     /// Serve with this program, which comes along, and these arguments and variables.
-    Replace { args: Vec<OsString>, env: Vec<(OsString, OsString)> },
+    Replace {
+        args: Vec<OsString>,
+        env: Vec<(OsString, OsString)>,
+    },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -193,13 +196,19 @@ pub fn replace(dir: &Path, program: Program) -> Result<Status> {
     };
     let Some(asked) = asked(&mount).at("asking the supervisor of", dir)? else {
         return Err(Error::new(Kind::Failed, format!("the mount at {shown} has no supervisor that could be asked"))
-            .hint("ask as the user who mounted it or as root, on the machine and in the network namespace of the mount"));
+            .hint(
+                "ask as the user who mounted it or as root, on the machine and in the network namespace of the mount",
+            ));
     };
     let question = Question::Replace { args: program.args, env: program.env };
     match ask(&asked, dir, &question, &[program.exe.as_fd()], REPLACES)? {
         Answer::Replaced(status) => Ok(status),
         Answer::Failed(failure) => {
-            Err(failure.into_error().context(format!("the mount at {shown} is served as before")))
+            let error = failure.into_error().context(format!("the mount at {shown} is served as before"));
+            Err(match error.hint_text() {
+                Some(_) => error,
+                None => error.hint("what is in the way must go first; then try again"),
+            })
         }
         Answer::Status(_) => Err(Error::new(Kind::Failed, "the supervisor answers something else")),
     }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::super::kept::Kept;
 use super::handshake::Stage;
+use super::systemd;
 use super::wire::{Came, FromWorker, Socket, ToWorker, packets};
 use crate::error::{Error, IoContext, Kind, Result};
 
@@ -93,7 +94,9 @@ impl Worker {
         let (ours, theirs) = Socket::pair().at("making a socket for", shown)?;
         let (stage, played) = packets().map_err(std::io::Error::from).at("making a socket for", shown)?;
         // The file that is open, whatever has its name now.
-        let child = Command::new(format!("/proc/self/fd/{}", program.exe.as_raw_fd()))
+        let mut command = Command::new(format!("/proc/self/fd/{}", program.exe.as_raw_fd()));
+        systemd::VARIABLES.iter().for_each(|name| _ = command.env_remove(name));
+        let child = command
             .arg0("envfabric")
             .args(&program.args)
             .envs(program.env.iter().map(|(name, value)| (name, value)))
@@ -155,7 +158,9 @@ impl Worker {
                 }
                 Came::Nothing => {
                     let what = format!("a worker process has not begun to serve for {} s", patience.as_secs());
-                    return Err(Error::new(Kind::TimedOut, what).hint("does the store answer? `envfabric doctor` tries it"));
+                    return Err(
+                        Error::new(Kind::TimedOut, what).hint("does the store answer? `envfabric doctor` tries it")
+                    );
                 }
             }
         }
@@ -204,9 +209,9 @@ impl Worker {
 
     /// Has it let go of what another worker needs; true when it says so in time.
     pub(super) fn let_go(&self) -> bool {
-        let heard = self.send(&ToWorker::LetGo, &[]).and_then(|()| {
-            self.hear(ANSWERS, &[], |message| matches!(message, FromWorker::HasLetGo).then_some(()))
-        });
+        let heard = self
+            .send(&ToWorker::LetGo, &[])
+            .and_then(|()| self.hear(ANSWERS, &[], |message| matches!(message, FromWorker::HasLetGo).then_some(())));
         heard.is_ok()
     }
 

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::policy::Death;
 use super::Supervisor;
+use super::policy::Death;
 use super::process::{self, Worker};
 use super::wire::ToWorker;
 use crate::error::Result;

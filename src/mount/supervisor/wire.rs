@@ -48,13 +48,7 @@ pub(in crate::mount) enum ToWorker {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(in crate::mount) enum FromWorker {
     /// Everything is open; the socket for INIT is listened to.
-    Prepared {
-        store: String,
-        store_id: String,
-        threads: usize,
-        allow_other: bool,
-        version: String,
-    },
+    Prepared { store: String, store_id: String, threads: usize, allow_other: bool, version: String },
     /// It cannot serve, and ends.
     Failed(Failure),
     /// It serves.
@@ -174,7 +168,11 @@ impl Socket {
     }
 
     /// The next message, waited for until `end`, or until something is to be read from `or`.
-    pub(in crate::mount) fn wait<T: DeserializeOwned>(&self, end: Instant, or: &[BorrowedFd<'_>]) -> io::Result<Came<T>> {
+    pub(in crate::mount) fn wait<T: DeserializeOwned>(
+        &self,
+        end: Instant,
+        or: &[BorrowedFd<'_>],
+    ) -> io::Result<Came<T>> {
         loop {
             let here: Vec<_> = std::iter::once(self.0.as_fd()).chain(or.iter().copied()).collect();
             let readable = wait_for(&here, Some(end))?;

@@ -113,11 +113,7 @@ fn tell(control: &Socket, message: &FromWorker) -> Result<()> {
 }
 
 /// Opens everything, and answers INIT.
-fn prepare(
-    control: &Socket,
-    orders: &Orders,
-    open: impl Fn() -> Result<(Store, Arc<Index>, Options)>,
-) -> Result<Work> {
+fn prepare(control: &Socket, orders: &Orders, open: impl Fn() -> Result<(Store, Arc<Index>, Options)>) -> Result<Work> {
     let (store, index, options) = open()?;
     let tree = Tree::new(store, index).kept(kept::logs(&orders.kept)?);
     let tenure = Tenure {
