@@ -216,10 +216,8 @@ impl Supervisor {
         let mut worker = Worker::start(self.program.clone(), &self.kept, &self.mount_point, start)?;
         let prepared = worker.prepared(&[self.wakes.leave.as_fd()]);
         let prepared = prepared.inspect_err(|_| _ = worker.kill())?;
-        let made = self.mount(&prepared, &worker).and_then(|()| self.give(&mut worker));
-        made.inspect_err(|_| _ = worker.kill())?;
-        self.installed(worker);
-        Ok(())
+        self.mount(&prepared, &worker).inspect_err(|_| _ = worker.kill())?;
+        self.give(worker)
     }
 
     /// Goes on with a mount that an earlier supervisor has left.
@@ -273,31 +271,40 @@ impl Supervisor {
     }
 
     /// Has `worker` serve.
-    fn give(&self, worker: &mut Worker) -> Result<()> {
+    fn give(&mut self, mut worker: Worker) -> Result<()> {
         let Some(mounted) = &self.mounted else { return Ok(()) };
-        if mounted.resend {
-            return worker.serve(&mounted.device, mounted.about.dev);
-        }
-        // The only one, so that what is read through it ends with the worker.
-        let clone = sys::clone_fuse_device(&mounted.device).at("opening", "/dev/fuse")?;
-        worker.serve(&clone, mounted.about.dev)
-    }
-
-    fn installed(&mut self, worker: Worker) {
+        // Before it has the connection, for who comes after this process.
         self.kept.set(Number::Worker, worker.pid().into());
+        let given = match mounted.resend {
+            true => worker.serve(&mounted.device, mounted.about.dev),
+            // The only one, so that what is read through it ends with the worker.
+            false => sys::clone_fuse_device(&mounted.device)
+                .at("opening", "/dev/fuse")
+                .and_then(|clone| worker.serve(&clone, mounted.about.dev)),
+        };
+        if let Err(error) = given {
+            // It may have read something.
+            self.end(worker);
+            return Err(error);
+        }
         self.restart = None;
         self.worker = Some(worker);
+        Ok(())
+    }
+
+    /// Ends `worker`; what it is at is sent to the next.
+    fn end(&mut self, mut worker: Worker) {
+        let gone = worker.kill().is_some();
+        self.clear_up(worker.life, false);
+        if !gone {
+            self.lingering.push(worker);
+        }
     }
 
     /// Starts a worker in the place of one that ended.
     fn go_on(&mut self) -> Result<()> {
-        let mut worker = self.prepare(self.program.clone(), false)?;
-        if let Err(error) = self.give(&mut worker) {
-            worker.kill();
-            return Err(error);
-        }
-        self.installed(worker);
-        Ok(())
+        let worker = self.prepare(self.program.clone(), false)?;
+        self.give(worker)
     }
 
     /// A worker that is ready to serve what is mounted.

@@ -111,8 +111,10 @@ impl<'a> Requests<'a> {
             }
             let of = state.load(Ordering::Acquire);
             if of >> 16 != life {
-                // Left by a worker before it, and never sent again; or claimed, and no more.
-                self.end(index);
+                // Left by a worker before it, and never sent again; or claimed, and no more. Not one that serves now.
+                if of >> 16 < life {
+                    self.end(index);
+                }
                 continue;
             }
             left.requests += 1;
@@ -178,8 +180,12 @@ mod tests {
             assert_eq!(table.after_death(life, false, true), Left { requests: 1, poison: 0 });
             assert!(matches!(table.begin(2 | RESENT, life + 1, 0, 0), Begun::Followed(Some(_))));
         }
+        // Who serves beside one that ends keeps what it is at.
+        table.begin(4, 51, 0, 0);
         // Where nothing is sent again, nothing is remembered.
         assert_eq!(table.after_death(50, true, false).requests, 1);
+        assert_eq!(table.of(51), 1);
+        table.after_death(51, true, false);
         assert!(words.iter().step_by(WORDS).all(|number| number.load(Ordering::Relaxed) == 0));
     }
 

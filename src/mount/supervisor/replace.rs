@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::process::{Program, Worker};
 use super::wire::{ToWorker, wait_for};
-use super::{Death, Number, Supervisor};
+use super::{Number, Supervisor};
 use crate::error::Result;
 use crate::sys;
 
@@ -30,51 +30,35 @@ impl Supervisor {
             self.undo(let_go);
             return Err(error);
         }
+        let old = self.worker.take();
         if self.mounted.as_ref().is_some_and(|mounted| mounted.resend) {
-            self.end_old();
-            if let Err(error) = self.give(&mut new) {
-                new.kill();
-                self.restart = Some(Instant::now());
-                return Err(error);
-            }
+            old.into_iter().for_each(|old| self.end(old));
+            self.give(new).inspect_err(|_| self.restart = Some(Instant::now()))?;
         } else {
             // For a moment both serve: what one has read, the other cannot answer.
-            if let Err(error) = self.give(&mut new) {
-                new.kill();
-                self.undo(let_go);
+            if let Err(error) = self.give(new) {
+                self.worker = old;
                 return Err(error);
             }
-            self.drain_old();
+            old.into_iter().for_each(|old| self.drain(old));
         }
-        tracing::info!(pid = new.pid(), "another worker serves");
+        tracing::info!("another worker serves");
         self.kept.add(Number::Replacements, 1);
         self.program = program;
-        self.installed(new);
         Ok(())
-    }
-
-    /// Ends the worker that serves; what it is at is sent to the next.
-    fn end_old(&mut self) {
-        let Some(mut old) = self.worker.take() else { return };
-        let gone = old.kill().is_some();
-        self.clear_up(old.life, false);
-        if !gone {
-            self.lingering.push(old);
-        }
     }
 
     /// After another was not able to take over, and the worker that serves may have let go of its cache.
     fn undo(&mut self, let_go: bool) {
         // As good as new, and with its cache; where nothing is sent again, it serves on without one.
         if let_go && self.mounted.as_ref().is_some_and(|mounted| mounted.resend) {
-            self.end_old();
+            self.worker.take().into_iter().for_each(|old| self.end(old));
             self.restart = Some(Instant::now());
         }
     }
 
-    /// Waits until the old worker has answered what it has read, beside a new one that serves.
-    fn drain_old(&mut self) {
-        let Some(mut old) = self.worker.take() else { return };
+    /// Waits until `old` has answered what it has read, beside a new one that serves.
+    fn drain(&mut self, mut old: Worker) {
         let end = Instant::now() + DRAINS;
         let _ = old.send(&ToWorker::Drain, &[]);
         while old.ended().is_none() && Instant::now() < end {
@@ -89,7 +73,7 @@ impl Supervisor {
                 return;
             }
         }
-        self.clear_up(old.life, Death::Ordered.is_suspect());
+        self.clear_up(old.life, false);
     }
 
     /// Asks the mount something that needs no store.

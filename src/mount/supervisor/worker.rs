@@ -209,8 +209,8 @@ fn listen(control: &Socket, ready: &Ready) {
                 false => Ok(()),
             },
             ToWorker::LetGo => {
-                settle(&ready.tree, &ready.refresher);
                 ready.tree.cache().into_iter().for_each(|cache| cache.let_go());
+                ready.tree.publish_profiles(true);
                 control.send(&FromWorker::HasLetGo, &[])
             }
             ToWorker::Drain => drain(ready),
