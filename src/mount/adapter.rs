@@ -162,6 +162,7 @@ impl Adapter {
             Err(error) if error.kind() == Kind::WouldWait => {
                 let serving = self.0.clone();
                 waiters.run(move || {
+                    begun.here();
                     let answer = question(&serving, &mut reply).map_err(|error| serving.errno(&error));
                     tell(&serving, reply, answer);
                     drop(begun);

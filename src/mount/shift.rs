@@ -20,6 +20,8 @@ pub(super) struct Shift {
     since: Instant,
     /// When each thread began with what it is at, in milliseconds and one since the beginning; 0: it waits for a request.
     threads: Vec<AtomicU64>,
+    /// One more than the place of the request of each; 0: none.
+    places: Vec<AtomicUsize>,
     known: AtomicUsize,
     draining: AtomicBool,
     stopped: AtomicUsize,
@@ -27,7 +29,17 @@ pub(super) struct Shift {
 }
 
 thread_local! {
+    /// Which of its session's threads this is.
     static THREAD: Cell<Option<usize>> = const { Cell::new(None) };
+    /// The place of the request that this thread is at.
+    static PLACE: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Notes that what this thread is at ends the worker.
+pub(super) fn blame_this_thread(kept: &Kept) {
+    if let Some(place) = PLACE.get() {
+        kept.requests().blame(place);
+    }
 }
 
 /// As long as a thread of the session is at a request; it ends after everything else that the thread has to do with it.
@@ -45,6 +57,7 @@ impl Shift {
             life,
             since: Instant::now(),
             threads: (0..threads).map(|_| AtomicU64::new(0)).collect(),
+            places: (0..threads).map(|_| AtomicUsize::new(0)).collect(),
             known: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
             stopped: AtomicUsize::new(0),
@@ -74,6 +87,10 @@ impl Shift {
         let Some(life) = self.life else { return Some(Working(None)) };
         match self.kept.requests().begin(unique, life, op, ino) {
             Begun::Followed(place) => {
+                PLACE.set(place);
+                if let Some(at) = THREAD.get().and_then(|index| self.places.get(index)) {
+                    at.store(place.map_or(0, |place| place + 1), Ordering::Relaxed);
+                }
                 self.faults.delay(unique);
                 Some(Working(place.map(|place| (self.kept.clone(), place))))
             }
@@ -102,11 +119,20 @@ impl Shift {
         }
     }
 
-    /// The longest time that a thread has been at one request.
-    pub(super) fn longest(&self) -> Duration {
-        let now = self.now();
-        let begun = self.threads.iter().map(|thread| thread.load(Ordering::Relaxed)).filter(|begun| *begun != 0);
-        Duration::from_millis(begun.map(|begun| now.saturating_sub(begun)).max().unwrap_or(0))
+    /// True when a thread has been at one request for as long as `limit`, which is then held against that request.
+    pub(super) fn is_stuck(&self, limit: Duration) -> bool {
+        let (now, limit) = (self.now(), u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
+        let mut stuck = false;
+        for (thread, place) in self.threads.iter().zip(&self.places) {
+            let begun = thread.load(Ordering::Relaxed);
+            if begun != 0 && now.saturating_sub(begun) >= limit {
+                stuck = true;
+                if let Some(place) = place.load(Ordering::Relaxed).checked_sub(1) {
+                    self.kept.requests().blame(place);
+                }
+            }
+        }
+        stuck
     }
 
     /// Lets no thread read another request after the one that it is at or reads next.
@@ -123,8 +149,10 @@ impl Shift {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        if let Some(thread) = THREAD.get().and_then(|index| self.0.threads.get(index)) {
-            thread.store(0, Ordering::Relaxed);
+        PLACE.set(None);
+        if let Some(index) = THREAD.get() {
+            self.0.places.get(index).into_iter().for_each(|place| place.store(0, Ordering::Relaxed));
+            self.0.threads.get(index).into_iter().for_each(|thread| thread.store(0, Ordering::Relaxed));
         }
         if self.0.draining.load(Ordering::SeqCst) {
             self.0.stopped.fetch_add(1, Ordering::SeqCst);
@@ -135,9 +163,19 @@ impl Drop for Turn<'_> {
     }
 }
 
+impl Working {
+    /// Another thread goes on with the request.
+    pub(super) fn here(&self) {
+        PLACE.set(self.0.as_ref().map(|(_, place)| *place));
+    }
+}
+
 impl Drop for Working {
     fn drop(&mut self) {
         if let Some((kept, place)) = &self.0 {
+            if PLACE.get() == Some(*place) {
+                PLACE.set(None);
+            }
             kept.requests().end(*place);
         }
     }
@@ -213,11 +251,11 @@ mod tests {
         shift.drain();
         assert!(!shift.is_drained());
         std::thread::sleep(Duration::from_millis(20));
-        assert!(shift.longest() >= Duration::from_millis(20));
+        assert!(shift.is_stuck(Duration::from_millis(20)) && !shift.is_stuck(Duration::from_secs(3600)));
         drop(go_on);
         while !shift.is_drained() {
             std::thread::sleep(Duration::from_millis(5));
         }
-        assert_eq!(shift.longest(), Duration::ZERO);
+        assert!(!shift.is_stuck(Duration::ZERO));
     }
 }

@@ -3,11 +3,12 @@
 //!
 //! A request is in the table from before its handler runs until after its reply was sent. When a worker dies, the
 //! supervisor looks at what it has left ([`Requests::after_death`]); where the death may be the fault of a request, each
-//! of these gets a strike. The kernel sends them again; one with [`STRIKES`] is answered with EIO.
+//! of these gets a strike, or, where the worker knew which it was (the thread that panicked, the one that was stuck), that
+//! one alone. The kernel sends them again; one with [`STRIKES`] is answered with EIO.
 //!
 //! ```text
 //! word 0   the kernel's number of the request; 0: free
-//! word 1   the life that answers it << 16 | strikes << 8 | kind of request
+//! word 1   the life that answers it << 16 | blamed << 15 | strikes << 8 | kind of request
 //! word 2   inode
 //! ```
 
@@ -19,6 +20,8 @@ pub(in crate::mount) const RESENT: u64 = 1 << 63;
 pub(in crate::mount) const STRIKES: u64 = 3;
 /// Words of a request.
 pub(super) const WORDS: usize = 3;
+const STRIKES_MASK: u64 = 0x7f;
+const BLAMED: u64 = 1 << 15;
 /// Places that a request may have, one beside the other.
 const PLACES: usize = 32;
 /// Spreads numbers that grow by two.
@@ -69,7 +72,7 @@ impl<'a> Requests<'a> {
         // Only what comes again can be there already.
         if let Some(index) = places().find(|index| resent && self.place(*index)[0].load(Ordering::Acquire) == number) {
             let [_, state, ..] = self.place(index) else { return Begun::Followed(None) };
-            strikes = state.load(Ordering::Acquire) >> 8 & 0xff;
+            strikes = state.load(Ordering::Acquire) >> 8 & STRIKES_MASK;
             if strikes >= STRIKES {
                 self.end(index);
                 return Begun::Poison;
@@ -100,10 +103,24 @@ impl<'a> Requests<'a> {
         number.store(0, Ordering::Release);
     }
 
+    /// Notes that the request at `index` is what ends the worker.
+    pub(in crate::mount) fn blame(&self, index: usize) {
+        if let [_, state, _] = self.place(index) {
+            state.fetch_or(BLAMED, Ordering::SeqCst);
+        }
+    }
+
+    fn is_blamed(&self, index: usize, life: u64) -> bool {
+        let [number, state, _] = self.place(index) else { return false };
+        let of = state.load(Ordering::Acquire);
+        number.load(Ordering::Acquire) != 0 && of >> 16 == life && of & BLAMED != 0
+    }
+
     /// Looks at what worker `life`, which is dead, has left. `strike`: one of its requests may be the cause. `again`:
     /// the kernel sends them again; else it has ended them.
     pub(in crate::mount) fn after_death(&self, life: u64, strike: bool, again: bool) -> Left {
         let mut left = Left::default();
+        let is_known = (0..self.len()).any(|index| self.is_blamed(index, life));
         for index in 0..self.len() {
             let [number, state, ..] = self.place(index) else { break };
             if number.load(Ordering::Acquire) == 0 {
@@ -120,10 +137,10 @@ impl<'a> Requests<'a> {
             left.requests += 1;
             if !again {
                 self.end(index);
-            } else if strike {
-                let strikes = (of >> 8 & 0xff).saturating_add(1).min(0xff);
+            } else if strike && (!is_known || of & BLAMED != 0) {
+                let strikes = ((of >> 8 & STRIKES_MASK) + 1).min(STRIKES_MASK);
                 left.poison += u64::from(strikes >= STRIKES);
-                state.store(of & !0xff00 | strikes << 8, Ordering::Release);
+                state.store(of & !(BLAMED | STRIKES_MASK << 8) | strikes << 8, Ordering::Release);
             }
         }
         left
@@ -169,6 +186,24 @@ mod tests {
         // What did not come again is forgotten with the next death.
         table.after_death(life, true, true);
         assert!(words.iter().step_by(WORDS).all(|number| number.load(Ordering::Relaxed) == 0));
+    }
+
+    #[test]
+    fn where_it_is_known_which_request_it_was_the_others_have_no_part_in_it() {
+        let words = words(64);
+        let table = Requests::new(&words);
+        table.begin(2, 1, 0, 0);
+        let Begun::Followed(Some(mut culprit)) = table.begin(4, 1, 0, 0) else { panic!() };
+        for life in 1..=STRIKES {
+            table.blame(culprit);
+            assert_eq!(table.after_death(life, true, true), Left { requests: 2, poison: u64::from(life == STRIKES) });
+            assert!(matches!(table.begin(2 | RESENT, life + 1, 0, 0), Begun::Followed(Some(_))));
+            match table.begin(4 | RESENT, life + 1, 0, 0) {
+                Begun::Followed(place) => culprit = place.unwrap(),
+                Begun::Poison => assert_eq!(life, STRIKES),
+            }
+        }
+        assert_eq!(table.of(STRIKES + 1), 1);
     }
 
     #[test]

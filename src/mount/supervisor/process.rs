@@ -73,6 +73,8 @@ pub(super) struct Worker {
     pub(super) watch: Watch,
     pub(super) prepared: Option<Prepared>,
     stage: Stage,
+    /// That of the rehearsal, until its last reply was written.
+    ended_stage: Option<Stage>,
     /// Processes killed for want of memory before it was started.
     killed_before: u64,
 }
@@ -116,6 +118,7 @@ impl Worker {
             watch: Watch::default(),
             prepared: None,
             stage: Stage::new(stage),
+            ended_stage: None,
             killed_before: killed_for_memory(),
         };
         let Start { life, resend, passthrough, rehearse } = start;
@@ -175,6 +178,7 @@ impl Worker {
             _ => None,
         })?;
         self.prepared = Some(prepared.clone());
+        self.ended_stage = None;
         Ok(prepared)
     }
 
@@ -194,7 +198,7 @@ impl Worker {
     pub(super) fn begin(&mut self) -> Result<()> {
         let (stage, played) = packets().map_err(std::io::Error::from).at("making a socket for", "a worker process")?;
         self.stage.end(self.threads());
-        self.stage = Stage::new(stage);
+        self.ended_stage = Some(std::mem::replace(&mut self.stage, Stage::new(stage)));
         self.send(&ToWorker::Begin, &[played.as_fd()])
     }
 

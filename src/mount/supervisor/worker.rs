@@ -19,6 +19,7 @@ use super::super::{Options, Ready, Running, Served, Tenure, attach, ready, settl
 use super::wire::{Came, Failure, FromWorker, Socket, ToWorker};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::mount::adapter::Agreed;
+use crate::mount::shift::blame_this_thread;
 use crate::store::{Index, Store};
 use crate::sys;
 use crate::view::{Mountpoint, Tree};
@@ -47,7 +48,6 @@ struct Work {
 /// # Errors
 /// Those that the supervisor was told, too.
 pub fn work(control: OwnedFd, open: impl Fn() -> Result<(Store, Arc<Index>, Options)>) -> Result<()> {
-    abort_on_panic();
     let control = Arc::new(Socket::new(control));
     let done = try_work(&control, open);
     if let Err(error) = &done {
@@ -57,9 +57,10 @@ pub fn work(control: OwnedFd, open: impl Fn() -> Result<(Store, Arc<Index>, Opti
 }
 
 /// A thread that panics has a request that nobody answers: the process ends, and the request is sent to the next.
-fn abort_on_panic() {
+fn abort_on_panic(kept: Arc<Kept>) {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |what| {
+        blame_this_thread(&kept);
         tell(what);
         std::process::abort();
     }));
@@ -74,6 +75,7 @@ fn try_work(control: &Arc<Socket>, open: impl Fn() -> Result<(Store, Arc<Index>,
         (ToWorker::Start { life, mount_point, resend, passthrough, rehearse }, mut with) if with.len() == 2 => {
             let (stage, file) = (with.pop().ok_or_else(gone)?, with.pop().ok_or_else(gone)?);
             let (kept, dir) = (Arc::new(Kept::open(file)?), PathBuf::from(mount_point));
+            abort_on_panic(kept.clone());
             Orders { kept, stage, life, dir, agreed: Agreed { resend, passthrough }, rehearse }
         }
         _ => return Err(gone()),
@@ -224,7 +226,7 @@ fn listen(control: &Socket, ready: &Ready) {
 
 /// True when the threads that answer are not stuck, and what they need to answer can be had.
 fn proves(ready: &Ready, stuck: Duration) -> bool {
-    if ready.adapter.shift.longest() >= stuck {
+    if ready.adapter.shift.is_stuck(stuck) {
         return false;
     }
     // Takes the locks that a request takes; whether the store answers is nothing that another worker could change.
