@@ -17,6 +17,7 @@ mod kept;
 mod passthrough;
 mod refresh;
 mod replies;
+mod serving;
 mod shift;
 mod stats;
 pub mod supervisor;
@@ -46,11 +47,12 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::patience::{self, Pool};
 use crate::store::{Codec, Index, Store};
 use crate::view::{Mountpoint, Tree};
-use adapter::{Adapter, Agreed, Spaces};
+use adapter::Adapter;
 use kept::{Kept, Number};
 use passthrough::Passthrough;
 use refresh::Refresher;
 use replies::Shown;
+use serving::{Agreed, Serving, Spaces};
 use shift::Shift;
 use stats::Counters;
 
@@ -196,7 +198,7 @@ fn ready(tree: Tree, options: &Options, dir: &Path, records: bool, tenure: &Tenu
         passthrough.disable(why);
     }
     let threads = options.threads.max(1);
-    let adapter = Adapter::new(adapter::Serving {
+    let adapter = Adapter::new(Serving {
         tree: tree.clone(),
         refresher: refresher.clone(),
         shown: Shown {

@@ -27,6 +27,7 @@ mod bytes;
 mod documents;
 mod imports;
 mod inode;
+mod keys;
 mod listing;
 mod lru;
 mod marshal;
@@ -56,11 +57,13 @@ use crate::error::{Error, Kind, Result};
 use crate::store::{Catalog, Index, LayerDoc, LayerKind, Node, Place, Row, RowId, ScannedKind, Store};
 use attrs::{lasting_dir, lasting_file, moving_dir, row_attr};
 use bytes::{Location, Objects};
+pub use keys::Logs;
+use keys::NameKey;
 use lru::Lru;
 use merge::{Child, Content, MergedDir};
 use names::{Age, Names};
 pub use slots::Log;
-use slots::{Slots, Written};
+use slots::Slots;
 use starts::Starts;
 pub use starts::Warming;
 use version::{Layers, VersionView, damaged, gone};
@@ -210,43 +213,6 @@ pub struct Tree {
 
 /// Names as [`Names`] tells them, and the entries made of them.
 type NamedEntries = (Arc<Vec<String>>, Arc<Vec<DirEntry>>);
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum NameKey {
-    Workflow(String),
-    Node(EnvName),
-}
-
-impl Written for NameKey {
-    fn write(&self) -> Vec<u8> {
-        match self {
-            NameKey::Workflow(workflow) => workflow.clone().into_bytes(),
-            NameKey::Node(env) => env.to_string().into_bytes(),
-        }
-    }
-
-    fn read(bytes: &[u8]) -> Option<Self> {
-        let text = std::str::from_utf8(bytes).ok()?;
-        match text.contains('/') {
-            true => text.parse().ok().map(NameKey::Node),
-            false => part(bytes).map(|workflow| NameKey::Workflow(workflow.into())),
-        }
-    }
-}
-
-/// Where a tree keeps what must outlive the process that serves it, so that the next one gives the same numbers the same
-/// meaning.
-#[derive(Debug, Clone)]
-pub struct Logs {
-    /// Slots of layers.
-    pub layers: Arc<dyn Log>,
-    /// Slots of versions.
-    pub versions: Arc<dyn Log>,
-    /// Slots of workflows and nodes.
-    pub names: Arc<dyn Log>,
-    /// Versions that were current, of environments of which one was shown.
-    pub current: Arc<dyn Log>,
-}
 
 impl Tree {
     /// Everything in `store`.

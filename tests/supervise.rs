@@ -352,12 +352,17 @@ fn what_was_removed_stays_for_who_uses_it_when_another_worker_serves() {
     let mount = Supervised::start(&fixture, "m", &[], &[]);
     let pinned = mount.dir.join("demo/a/.versions/1/.venv").join(SITE);
     let number = fs::metadata(&pinned).unwrap().ino();
-    assert_eq!(fs::read_link(mount.dir.join("demo/a/.venv")).unwrap(), Path::new(".versions/2/.venv"));
+    let current = || fs::read_link(mount.dir.join("demo/a/.venv")).unwrap();
+    assert_eq!(current(), Path::new(".versions/2/.venv"));
+    // Back to a version that was current before.
+    let output = mount.command(Path::new(PROGRAM)).args(["rollback", "demo/a", "1"]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    until("the link has moved", || current() == Path::new(".versions/1/.venv"));
     fixture.store.remove(&fixture.name("demo/a")).unwrap();
     until("it is not listed", || fs::read_dir(mount.dir.join("demo")).unwrap().count() == 1);
     mount.kill_worker(Signal::SIGKILL);
     assert_eq!(fs::metadata(&pinned).unwrap().ino(), number);
-    assert_eq!(fs::read_link(mount.dir.join("demo/a/.venv")).unwrap(), Path::new(".versions/2/.venv"));
+    assert_eq!(current(), Path::new(".versions/1/.venv"));
     assert_eq!(fs::read(pinned.join("gamma/data/small.bin")).unwrap(), noise(5_000, 301));
     mount.umount();
 }

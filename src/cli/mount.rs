@@ -196,10 +196,7 @@ impl Mount {
 
     /// Puts this program and these flags in the place of what serves `dir`.
     fn replace(&self, context: &Context, dir: &Path) -> Result<ExitCode> {
-        let mut program = self.program(context, dir)?;
-        let counts = |name: &str| name == "HOME" || ["ENVFABRIC_", "XDG_"].iter().any(|start| name.starts_with(start));
-        program.env = std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(counts)).collect();
-        let status = supervisor::replace(dir, program)?;
+        let status = supervisor::replace(dir, self.program(context, dir)?.with_settings())?;
         let value = serde_json::json!({ "mount": dir.to_string_lossy(), "replaced": true, "supervision": status });
         context.out.result(&value, |w| {
             let version = status.worker_version.as_deref().unwrap_or("?");

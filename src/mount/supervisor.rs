@@ -12,7 +12,7 @@
 //! **A worker ends** (a crash, `kill -9`, no memory, stuck): the supervisor has the kernel send again what the worker had
 //! read and not answered (FUSE_NOTIFY_RESEND, Linux 6.9), and starts another. Whoever waits for an answer waits a little
 //! longer; who has files open, mapped, or stands in a directory notices nothing, because inode numbers, handles and
-//! backing files mean the same to the next worker ([`super::kept`]).
+//! backing files mean the same to the next worker (`mount::kept`).
 //!
 //! **Without resending** (before Linux 6.9) a worker gets a clone of the connection's descriptor, which is its alone: when
 //! it dies the kernel ends what was read through it with an error, instead of letting it hang for ever.

@@ -23,6 +23,7 @@ use std::hash::Hash;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use super::keys::WasCurrent;
 use super::slots::Slots;
 use crate::environment::{EnvName, Version};
 use crate::error::{Error, Kind, Result};
@@ -95,7 +96,7 @@ pub(super) struct Names {
     /// Environments of which a version was shown.
     used: Mutex<HashSet<EnvName>>,
     /// Which of their versions were current, for processes that serve the mount after this one.
-    shown: OnceLock<Slots<(EnvName, u64)>>,
+    shown: OnceLock<Slots<WasCurrent>>,
     /// The version of each that was current last, as processes before this one saw it.
     before: OnceLock<HashMap<EnvName, u64>>,
     changes: Mutex<Vec<NameChange>>,
@@ -510,13 +511,13 @@ impl Names {
         if let Some((known, _)) = self.pointers.look(name, Age::Any, false)
             && let Some(last) = known.value.last
         {
-            self.note_shown(name, last);
+            self.note_shown(name, last, known.value.sequence);
         }
     }
 
     /// Goes on where an earlier process has ended: `shown` are the versions that were current, in order.
-    pub(super) fn go_on(&self, shown: Slots<(EnvName, u64)>) {
-        let before: HashMap<EnvName, u64> = shown.keys().into_iter().collect();
+    pub(super) fn go_on(&self, shown: Slots<WasCurrent>) {
+        let before: HashMap<EnvName, u64> = shown.keys().into_iter().map(|was| (was.env, was.number)).collect();
         lock(&self.used).extend(before.keys().cloned());
         // It is said once.
         let _ = self.before.set(before);
@@ -528,10 +529,10 @@ impl Names {
         self.before.get()?.get(name).copied()
     }
 
-    /// Writes down that `number` is current, where a version of `name` was shown.
-    fn note_shown(&self, name: &EnvName, number: u64) {
+    /// Writes down that `number` is current by pointer `sequence`, where a version of `name` was shown.
+    fn note_shown(&self, name: &EnvName, number: u64, sequence: u64) {
         if let Some(shown) = self.shown.get()
-            && let Err(error) = shown.ensure(&(name.clone(), number))
+            && let Err(error) = shown.ensure(&WasCurrent { env: name.clone(), number, sequence })
         {
             tracing::warn!(error = error.chain(), "what is shown cannot be written down");
         }

@@ -1,8 +1,9 @@
 //! A worker as its supervisor sees it: a process, a socket, and what it was last heard to say.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -29,8 +30,13 @@ pub struct Program {
     pub exe: File,
     /// Its arguments.
     pub args: Vec<OsString>,
-    /// Variables that it has, beside those of this process.
+    /// Variables that are settings, instead of those of this process; none: its own.
     pub env: Vec<(OsString, OsString)>,
+}
+
+/// True for a variable that says something about a mount.
+fn is_setting(name: &OsStr) -> bool {
+    name == "HOME" || ["ENVFABRIC_", "XDG_"].iter().any(|start| name.as_bytes().starts_with(start.as_bytes()))
 }
 
 impl Program {
@@ -41,6 +47,11 @@ impl Program {
     pub fn this(args: Vec<OsString>) -> Result<Program> {
         let exe = File::open("/proc/self/exe").at("opening", "this program")?;
         Ok(Program { exe, args, env: Vec::new() })
+    }
+
+    /// The same with the settings that this process was given by variables.
+    pub fn with_settings(self) -> Program {
+        Program { env: std::env::vars_os().filter(|(name, _)| is_setting(name)).collect(), ..self }
     }
 }
 
@@ -98,6 +109,10 @@ impl Worker {
         // The file that is open, whatever has its name now.
         let mut command = Command::new(format!("/proc/self/fd/{}", program.exe.as_raw_fd()));
         systemd::VARIABLES.iter().for_each(|name| _ = command.env_remove(name));
+        if !program.env.is_empty() {
+            // Settings of who asked, and not of who mounted once.
+            std::env::vars_os().filter(|(name, _)| is_setting(name)).for_each(|(name, _)| _ = command.env_remove(name));
+        }
         let child = command
             .arg0("envfabric")
             .args(&program.args)

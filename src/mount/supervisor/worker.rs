@@ -18,7 +18,7 @@ use super::super::kept::{self, Kept};
 use super::super::{Options, Ready, Running, Served, Tenure, attach, ready, settle};
 use super::wire::{Came, Failure, FromWorker, Socket, ToWorker};
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::mount::adapter::Agreed;
+use crate::mount::serving::Agreed;
 use crate::mount::shift::blame_this_thread;
 use crate::store::{Index, Store};
 use crate::sys;

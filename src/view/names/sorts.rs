@@ -143,7 +143,7 @@ impl Sort for Pointers {
         if let Some(now) = now.filter(|now| Some(*now) != last)
             && lock(&names.used).contains(name)
         {
-            names.note_shown(name, now);
+            names.note_shown(name, now, pointer.sequence);
         }
         Ok(Some(Pointed { now, last: now.or(last), sequence: pointer.sequence }))
     }
