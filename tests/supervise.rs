@@ -109,7 +109,7 @@ fn a_worker_that_hangs_is_replaced_and_what_it_was_asked_is_answered() {
     let fixture = Fixture::new();
     fixture.publish("demo/a", fixture.packages());
     let faults = [("ENVFABRIC_FAULTS", "hang-first=alpha-hangs")];
-    let mount = Supervised::start(&fixture, "m", &["--watchdog=400ms", "--threads=2"], &faults);
+    let mount = Supervised::start(&fixture, "m", &["--watchdog=2s", "--threads=2"], &faults);
     let site = mount.dir.join("demo/a/.versions/1/.venv").join(SITE);
     let first = mount.status().worker.unwrap();
     // One thread is stuck in it; then the process as a whole is.
