@@ -27,6 +27,7 @@ mod bytes;
 mod documents;
 mod imports;
 mod inode;
+mod keys;
 mod leases;
 mod listing;
 mod loading;
@@ -58,10 +59,13 @@ use crate::error::{Error, Kind, Result};
 use crate::store::{Catalog, Index, LayerDoc, LayerKind, Node, Place, Row, RowId, ScannedKind, Store};
 use attrs::{lasting_dir, lasting_file, moving_dir, row_attr};
 use bytes::{Location, Objects};
+pub use keys::Logs;
+use keys::NameKey;
 use leases::Leases;
 use lru::Lru;
 use merge::{Child, Content, MergedDir};
 use names::{Age, Names};
+pub use slots::Log;
 use slots::Slots;
 use starts::Starts;
 pub use starts::Warming;
@@ -214,12 +218,6 @@ pub struct Tree {
 /// Names as [`Names`] tells them, and the entries made of them.
 type NamedEntries = (Arc<Vec<String>>, Arc<Vec<DirEntry>>);
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum NameKey {
-    Workflow(String),
-    Node(EnvName),
-}
-
 impl Tree {
     /// Everything in `store`.
     pub fn new(store: Store, index: Arc<Index>) -> Tree {
@@ -257,6 +255,27 @@ impl Tree {
             records: false,
             told: Mutex::default(),
         }
+    }
+
+    /// The same, going on with what earlier processes have told of it.
+    pub fn kept(self, logs: Logs) -> Tree {
+        self.names.go_on(Slots::kept(logs.current));
+        let Logs { layers, versions, names, .. } = logs;
+        Tree {
+            layer_slots: Slots::kept(layers),
+            version_slots: Slots::kept(versions),
+            name_slots: Slots::kept(names),
+            ..self
+        }
+    }
+
+    /// Sees whether the store can be read, as far as that is needed to begin.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn prove(&self) -> Result<()> {
+        self.store.require_present()?;
+        self.attr(Ino::ROOT).map(drop)
     }
 
     /// The same with what this node keeps of the store.

@@ -81,7 +81,7 @@ impl Tree {
     pub fn hold_leases(self: &Arc<Self>) {
         let leases = self.leases.clone();
         // Where somebody else has served this mount before, the kernel knows what that has shown.
-        (0..self.version_slots.len()).for_each(|slot| leases.show(slot));
+        (0..).zip(self.version_slots.keys()).for_each(|(slot, _)| leases.show(slot));
         let tree = Arc::downgrade(self);
         let place = self.mountpoint.get().map_or_else(String::new, |at| format!(" at {}", at.path.display()));
         *lock(&leases.lease) = Some(Lease::new(self.store.clone(), format!("mount{place}")));

@@ -150,12 +150,13 @@ fn many_runs_at_once_with_nothing_mounted_share_one_mount() {
         assert_eq!(mounts.lines().filter(|l| l.contains(&at)).count(), 1);
         world.ok(["umount"]);
     }
-    // Mounting what is mounted changes nothing. A mount whose process was killed is made anew.
+    // Mounting what is mounted changes nothing. A mount whose processes were killed is made anew.
     assert_eq!(world.json(["mount"])["existed"], false);
     assert_eq!(world.json(["mount"])["existed"], true);
-    let at = world.dir().join("envs");
-    let server = check(Command::new("pgrep").args(["-f", &format!("mount --notify {}$", at.display())]));
-    check(Command::new("kill").args(["-9", server.trim()]));
+    let told = world.json(["stats"]);
+    for pid in [&told["supervised"]["supervisor"], &told["pid"]] {
+        check(Command::new("kill").args(["-9", &pid.to_string()]));
+    }
     world.ok(["run", "demo/hello", "--", "python", "-c", "import six"]);
     world.ok(["umount"]);
     // A mount of a part of the store, elsewhere, is no mount of it.
@@ -200,8 +201,10 @@ fn stats_tells_what_a_mount_has_done_and_a_dead_or_stopped_one_is_not_waited_for
     assert!(found.contains("used by the mount at"), "{found}");
     assert_eq!(told["passthrough"]["used"], !found.contains("not used"));
 
-    let pid = nix::unistd::Pid::from_raw(told["pid"].as_i64().unwrap() as i32);
-    let send = |signal| nix::sys::signal::kill(pid, signal).unwrap();
+    // What replaces a process that serves is stopped first, and then killed first.
+    let pids = [&told["supervised"]["supervisor"], &told["pid"]];
+    let pids = pids.map(|pid| nix::unistd::Pid::from_raw(pid.as_i64().unwrap() as i32));
+    let send = |signal| pids.iter().for_each(|pid| nix::sys::signal::kill(*pid, signal).unwrap());
     send(nix::sys::signal::Signal::SIGSTOP);
     let start = std::time::Instant::now();
     let stopped = world.output(["stats"]);
