@@ -473,3 +473,21 @@ fn files_of_other_users_are_as_safe_although_their_time_cannot_be_set() {
     assert!(gc(store).restored >= 4);
     is_whole(store);
 }
+
+#[test]
+fn a_creator_looks_for_what_its_summaries_name_too() {
+    let fixture = Fixture::new();
+    let (store, index) = (&fixture.store, &*fixture.index);
+    let draft = fixture.draft("demo/a", vec![small(&fixture, "one")]);
+    let all = [&[fixture.python, fixture.scaffold], &draft.layers[..]].concat();
+    // Known from before, without what a summary adds.
+    index.layers(store, &all).unwrap();
+    let summaries = store.ensure_summaries(index, &all, false).unwrap();
+    let docs = index.layers(store, &all).unwrap();
+    let bundles: BTreeSet<_> = docs.iter().filter_map(|doc| Some(doc.bundle?.object())).collect();
+    assert_eq!(bundles.len(), 1);
+    let draft = envfabric::environment::Version { summaries, ..draft };
+    store.require_whole(&draft, &bundles).unwrap();
+    fs::remove_file(store.object_path(bundles.first().unwrap())).unwrap();
+    assert_eq!(store.require_whole(&draft, &bundles).unwrap_err().kind(), Kind::Collected);
+}

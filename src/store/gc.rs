@@ -344,8 +344,11 @@ impl Collector<'_> {
             }
         }
         let seen: HashSet<(&String, &Below)> = old.iter().map(|old| (&old.generation, &old.below)).collect();
+        // Documents before what they name here, too: who is killed in between leaves none that names nothing.
+        let mut ending: Vec<&Trashed> = lying.iter().collect();
+        ending.sort_by_key(rank);
         let mut removed = 0;
-        for trashed in &lying {
+        for trashed in ending {
             let ends = seen.contains(&(&trashed.generation, &trashed.below))
                 && self.is_old(trashed.since)
                 && unknown.is_empty()

@@ -163,7 +163,12 @@ impl Index {
     /// Takes in the documents of a summary.
     pub fn learn(&self, summary: &Summary, docs: Vec<LayerDoc>) -> Result<()> {
         let digests: Vec<Digest> = docs.iter().map(|doc| doc.digest).collect();
-        self.keep(&docs.into_iter().map(Arc::new).collect::<Vec<_>>())?;
+        let docs: Vec<Arc<LayerDoc>> = docs.into_iter().map(Arc::new).collect();
+        self.keep(&docs)?;
+        // They say more than the documents alone: where the catalogs are together.
+        let mut memory = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.extend(docs.into_iter().map(|doc| (doc.digest, doc)));
+        drop(memory);
         self.set_summary(&digests, summary)
     }
 
