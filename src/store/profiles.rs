@@ -18,7 +18,7 @@ use crate::error::{Error, Kind, Result};
 /// Starts after which a profile is taken for complete.
 pub const STARTS_ENOUGH: u32 = 3;
 /// Chunks that are not touched are brought along where they lie between touched ones, up to so many: a request less.
-const GAP: u64 = 4;
+const GAP: u64 = 6;
 
 /// What programs of a version touched when they started.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -189,12 +189,12 @@ mod tests {
 
     #[test]
     fn starts_are_merged_and_what_lies_close_is_brought_in_one_go() {
-        let first = Profile::of_start(vec![touched(b"a", &[(9, 10), (0, 2), (3, 4)]), touched(b"b", &[(5, 6)])]);
-        assert_eq!(first.objects[0].runs, [(0, 4), (9, 10)]);
+        let first = Profile::of_start(vec![touched(b"a", &[(19, 20), (0, 2), (3, 4)]), touched(b"b", &[(5, 6)])]);
+        assert_eq!(first.objects[0].runs, [(0, 4), (19, 20)]);
         let second = Profile::of_start(vec![touched(b"c", &[(1, 2)]), touched(b"a", &[(4, 8)])]);
         let both = first.merged(second);
         assert_eq!((both.starts, both.is_enough()), (2, false));
-        assert_eq!(both.objects[0].runs, [(0, 10)]);
+        assert_eq!(both.objects[0].runs, [(0, 8), (19, 20)]);
         assert_eq!(
             both.objects.iter().map(|t| t.digest).collect::<Vec<_>>(),
             [b"a", b"b", b"c"].map(|n| Digest::of(n))

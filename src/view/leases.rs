@@ -14,8 +14,9 @@ use crate::store::{Lease, Leased};
 
 /// How often the lease is renewed where nothing new is shown, or tried again.
 const RENEW: Duration = Duration::from_secs(60);
-/// Versions that are shown one shortly after the other are written down together.
-const TOGETHER: Duration = Duration::from_millis(500);
+/// Versions that are shown one shortly after the other are written down together, and a first start has the store to
+/// itself. Nothing is collected so soon.
+const TOGETHER: Duration = Duration::from_secs(3);
 /// How long giving the lease up may take; else it becomes stale.
 const GIVE_UP: Duration = Duration::from_secs(5);
 
