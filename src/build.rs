@@ -223,6 +223,7 @@ pub enum Outcome {
 /// version of the environment stays as it is.
 pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
     context.store.require_writable()?;
+    context.store.require_signer()?;
     let name = &request.name;
     let waiting = || context.progress.event(&Event::Step(Step::Waiting));
     let lock = format!("env-{}", Digest::of(format!("{} {name}", context.store.fabric().id).as_bytes()).short());
@@ -296,9 +297,11 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
         installed,
     };
     match context.store.current(name) {
-        Ok(current) if current.same_content(&draft) => return Ok(created(current, Outcome::Unchanged)),
+        Ok(current) if current.same_content(&draft) && context.store.is_signed_enough(&current) => {
+            return Ok(created(current, Outcome::Unchanged));
+        }
         // A current version that cannot be read is no reason not to publish one that can.
-        Err(error) if !matches!(error.kind(), Kind::NotFound | Kind::Corrupt) => return Err(error),
+        Err(error) if !matches!(error.kind(), Kind::NotFound | Kind::Corrupt | Kind::Rejected) => return Err(error),
         _ => {}
     }
     if request.validate {

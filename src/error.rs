@@ -35,6 +35,9 @@ pub enum Kind {
     WouldWait,
     /// The store has not answered in time.
     TimedOut,
+    /// It is not signed as this machine asks for: unsigned, altered, by a key that is not trusted, or an old statement
+    /// where a newer one was seen.
+    Rejected,
 }
 
 impl Kind {
@@ -58,6 +61,7 @@ impl Kind {
             Kind::Corrupt | Kind::Failed | Kind::TimedOut => libc::EIO,
             Kind::Interrupted => libc::EINTR,
             Kind::WouldWait => libc::EAGAIN,
+            Kind::Rejected => libc::EKEYREJECTED,
         }
     }
 
@@ -75,6 +79,7 @@ impl Kind {
             Kind::Interrupted => "interrupted",
             Kind::WouldWait => "would-wait",
             Kind::TimedOut => "timed-out",
+            Kind::Rejected => "rejected",
         }
     }
 }

@@ -139,7 +139,7 @@ fn serve(tree: Tree, options: &Options, source: &str, records: bool) -> Result<M
     attach::raise_open_files();
     let distant = options.distant.unwrap_or_else(|| !is_local(tree.store().root()));
     let tree = if distant { tree.distant(options.patience) } else { tree };
-    let (tree, temporary) = match distant || options.cache_always || tree.store().codec() != Codec::Raw {
+    let (tree, temporary) = match distant || options.cache_always || tree.store().codec() != Codec::Raw || tree.store().trust().is_some() {
         true => with_cache(tree, options)?,
         false => (tree, None),
     };
@@ -219,7 +219,7 @@ fn serve(tree: Tree, options: &Options, source: &str, records: bool) -> Result<M
 /// `tree` with a cache as `options` say; without a word from them in a directory that is gone when the mount is.
 fn with_cache(tree: Tree, options: &Options) -> Result<(Tree, Option<TempDir>)> {
     let (keep, temporary) = match &options.cache {
-        Some(keep) => (keep.clone(), None),
+        Some(keep) => (keep.clone().for_keys_of(tree.store()), None),
         None => {
             let dir = tempfile::Builder::new().prefix("envfabric-cache-").tempdir();
             let dir = dir.at("creating", std::env::temp_dir())?;

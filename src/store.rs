@@ -12,6 +12,7 @@
 //!   envs/<workflow>/<node>/versions/<n>.json immutable version documents
 //!   envs/<workflow>/<node>/current/<seq>.json which version is current; the highest sequence number wins; from 2 on
 //!   envs/<workflow>/<node>/profiles/<n>/<seq>.json what first starts of a version read; nothing needs them
+//!   policy/<seq>.json                        who is to sign versions, for those who publish
 //!   tmp/                                     files that are being written
 //! ```
 //!
@@ -32,10 +33,13 @@ mod index;
 mod layer;
 mod layer_writer;
 mod object;
+mod policy;
 mod profiles;
 mod publish;
 mod row;
 mod seal;
+mod seen;
+mod signed;
 mod spine;
 mod summary;
 
@@ -57,9 +61,11 @@ pub use layer::{Bundle, Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requi
 pub use layer_writer::{LayerWriter, Staged, StagedKind};
 pub(crate) use object::REQUEST_MAX;
 pub use object::{Object, ObjectFile, Room, StoredChunks};
+pub use policy::Policy;
 pub use profiles::{Profile, STARTS_ENOUGH, Touched};
 pub use publish::{Named, Tried};
 pub use row::{Node, Place, Row, RowId};
+pub use signed::{Signature, TrustedKeys, is_key};
 pub use spine::{SpineDir, SpineText};
 pub use summary::documents;
 
@@ -141,6 +147,7 @@ pub struct Store {
     root: PathBuf,
     fabric: Fabric,
     writable: bool,
+    signing: signed::Signing,
 }
 
 impl Store {
@@ -240,7 +247,7 @@ impl Store {
             return Err(corrupt());
         }
         let writable = unknown(&fabric.features.read_compatible, READ_COMPATIBLE_KNOWN).is_none();
-        Ok(Store { root, fabric, writable })
+        Ok(Store { root, fabric, writable, signing: signed::Signing::default() })
     }
 
     /// The directory.
@@ -459,7 +466,8 @@ impl Store {
 }
 
 /// Directories of a store.
-const ROOM_NAMES: [&str; 8] = ["blobs", "packs", "catalogs", "layers", "keys", "interpreters", "envs", "tmp"];
+const ROOM_NAMES: [&str; 9] =
+    ["blobs", "packs", "catalogs", "layers", "keys", "interpreters", "envs", "policy", "tmp"];
 
 #[derive(Serialize, Deserialize)]
 struct KeyDoc {
@@ -477,8 +485,12 @@ pub fn now() -> Timestamp {
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = publish::read(path)?;
-    seal::read(&bytes).map_err(|why| {
+    read_document(path, &publish::read(path)?)
+}
+
+/// The value of the document at `path` with these bytes.
+fn read_document<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
+    seal::read(bytes).map_err(|why| {
         let hint = "run `envfabric fsck` to see what is affected";
         match why {
             Unreadable::Broken => Error::new(Kind::Corrupt, format!("{} is damaged", path.display())).hint(hint),
