@@ -95,7 +95,10 @@ impl Options {
         if let Some(trust) = store.trust() {
             let mut keys: Vec<&[u8; 32]> = trust.keys().iter().map(|key| key.as_bytes()).collect();
             keys.sort_unstable();
-            self.dir.push(format!("signed-{}", Digest::of(&keys.into_iter().copied().collect::<Vec<_>>().concat()).short()));
+            self.dir.push(format!(
+                "signed-{}",
+                Digest::of(&keys.into_iter().copied().collect::<Vec<_>>().concat()).short()
+            ));
         }
         self
     }

@@ -139,10 +139,11 @@ fn serve(tree: Tree, options: &Options, source: &str, records: bool) -> Result<M
     attach::raise_open_files();
     let distant = options.distant.unwrap_or_else(|| !is_local(tree.store().root()));
     let tree = if distant { tree.distant(options.patience) } else { tree };
-    let (tree, temporary) = match distant || options.cache_always || tree.store().codec() != Codec::Raw || tree.store().trust().is_some() {
-        true => with_cache(tree, options)?,
-        false => (tree, None),
-    };
+    let (tree, temporary) =
+        match distant || options.cache_always || tree.store().codec() != Codec::Raw || tree.store().trust().is_some() {
+            true => with_cache(tree, options)?,
+            false => (tree, None),
+        };
     // What is read in place is not seen.
     let tree = if records && tree.cache().is_some() { tree.recording() } else { tree };
     // Files of the store, or of the cache.

@@ -39,6 +39,7 @@ mod publish;
 mod row;
 mod seal;
 mod seen;
+mod signatures;
 mod signed;
 mod spine;
 mod summary;
@@ -65,6 +66,7 @@ pub use policy::Policy;
 pub use profiles::{Profile, STARTS_ENOUGH, Touched};
 pub use publish::{Named, Tried};
 pub use row::{Node, Place, Row, RowId};
+pub use signatures::Signatures;
 pub use signed::{Signature, TrustedKeys, is_key};
 pub use spine::{SpineDir, SpineText};
 pub use summary::documents;
@@ -466,8 +468,7 @@ impl Store {
 }
 
 /// Directories of a store.
-const ROOM_NAMES: [&str; 9] =
-    ["blobs", "packs", "catalogs", "layers", "keys", "interpreters", "envs", "policy", "tmp"];
+const ROOM_NAMES: [&str; 9] = ["blobs", "packs", "catalogs", "layers", "keys", "interpreters", "envs", "policy", "tmp"];
 
 #[derive(Serialize, Deserialize)]
 struct KeyDoc {

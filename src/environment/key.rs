@@ -103,7 +103,8 @@ impl FromStr for PublicKey {
     }
 }
 
-const PUBLIC_HINT: &str = "a public key is ed25519: and 64 hex digits, and perhaps a name: `envfabric key show` prints it";
+const PUBLIC_HINT: &str =
+    "a public key is ed25519: and 64 hex digits, and perhaps a name: `envfabric key show` prints it";
 
 /// A key that signs. Its bytes are overwritten when it is dropped, and never printed but into its file.
 pub struct SecretKey {

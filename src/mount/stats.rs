@@ -142,6 +142,7 @@ impl Counters {
             opens: Opens { passthrough: passed, cached, direct },
             memories: memories.into_iter().collect(),
             cache: tree.cache().map(|cache| cache.stats()),
+            trusted_keys: tree.store().trust().iter().flat_map(|trust| trust.keys()).map(|key| key.text()).collect(),
         };
         // Numbers and texts can always be written.
         serde_json::to_vec(&stats).unwrap_or_default()
@@ -193,6 +194,9 @@ pub struct Stats {
     /// The cache, where it has one.
     #[serde(default)]
     pub cache: Option<CacheStats>,
+    /// Keys of those whom it believes; none: whoever can write to the store.
+    #[serde(default)]
+    pub trusted_keys: Vec<String>,
 }
 
 /// Whether the kernel reads large files straight from the store or the cache.

@@ -304,7 +304,11 @@ impl Store {
         let mut number = number.max(self.highest_seen(&name)?) + 1;
         loop {
             draft.number = number;
-            if publish::bytes(&self.root, &self.version_path(&name, number), &self.signed(Statement::Version, &name, number, &draft)?)? {
+            if publish::bytes(
+                &self.root,
+                &self.version_path(&name, number),
+                &self.signed(Statement::Version, &name, number, &draft)?,
+            )? {
                 break;
             }
             number += 1;

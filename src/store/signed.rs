@@ -123,7 +123,7 @@ impl Signature {
         match self {
             Signature::Unsigned => "not signed".into(),
             Signature::Trusted { key } => format!("signed by {}", key.label()),
-            Signature::UnknownKey { key } => format!("signed by {}, which is not trusted here", key.label()),
+            Signature::UnknownKey { key } => format!("signed by {}, which is not among the trusted keys", key.label()),
             Signature::Wrong { key } => format!("the signature of {} is not of this document", key.label()),
         }
     }
@@ -207,7 +207,14 @@ impl Store {
     }
 
     /// What the signature of a document says.
-    fn signature_in(&self, statement: Statement, name: &EnvName, number: u64, bytes: &[u8], trust: Option<&TrustedKeys>) -> Signature {
+    fn signature_in(
+        &self,
+        statement: Statement,
+        name: &EnvName,
+        number: u64,
+        bytes: &[u8],
+        trust: Option<&TrustedKeys>,
+    ) -> Signature {
         let Some((body, key, signature)) = split(bytes) else { return Signature::Unsigned };
         let known = trust.and_then(|trust| trust.known(&key)).cloned();
         if !key.has_signed(&message(statement, &self.fabric.id, name, number, body), &signature) {
@@ -238,7 +245,9 @@ impl Store {
             None => trust.seen.note_version(name, number, &version.nonce),
             Some(nonce) if nonce == version.nonce => Ok(()),
             Some(_) => {
-                let what = format!("version {number} of {name} is refused: this machine has seen another version {number} of it");
+                let what = format!(
+                    "version {number} of {name} is refused: this machine has seen another version {number} of it"
+                );
                 Err(rejected(&what, name))
             }
         }
@@ -268,7 +277,9 @@ impl Store {
         match trust.seen.pointer(name)? {
             Some((sequence, _)) if sequence > pointer.sequence => Err(replayed(name, sequence)),
             Some((sequence, nonce)) if sequence == pointer.sequence && nonce != pointer.nonce => {
-                let what = format!("pointer {sequence} of {name} is refused: this machine has seen another pointer {sequence} of it");
+                let what = format!(
+                    "pointer {sequence} of {name} is refused: this machine has seen another pointer {sequence} of it"
+                );
                 Err(rejected(&what, name))
             }
             Some((sequence, _)) if sequence == pointer.sequence => Ok(()),
@@ -336,7 +347,9 @@ fn subject(statement: Statement, name: &EnvName, number: u64) -> String {
 
 /// An older pointer than the one that was seen.
 pub(super) fn replayed(name: &EnvName, seen: u64) -> Error {
-    let what = format!("what is said to be current of {name} is refused: pointer {seen}, which this machine has seen, is gone");
+    let what = format!(
+        "what is said to be current of {name} is refused: pointer {seen}, which this machine has seen, is gone"
+    );
     Error::new(Kind::Rejected, what).hint(format!(
         "if the store was restored from a backup: `envfabric rollback {name} N` where versions are built, or here `envfabric key forget {name}`"
     ))

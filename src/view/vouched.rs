@@ -51,7 +51,8 @@ impl Tree {
         }
         self.vouched.find(layers).map_err(|layer| {
             let what = format!("nothing that is signed tells what is in layer {}", layer.short());
-            Error::new(Kind::Rejected, what).hint("publish the version anew: `envfabric create` with --rebuild and a trusted key")
+            Error::new(Kind::Rejected, what)
+                .hint("publish the version anew: `envfabric create` with --rebuild and a trusted key")
         })
     }
 
