@@ -67,7 +67,7 @@ pub use profiles::{Profile, STARTS_ENOUGH, Touched};
 pub use publish::{Named, Tried};
 pub use row::{Node, Place, Row, RowId};
 pub use signatures::Signatures;
-pub use signed::{Signature, TrustedKeys, is_key};
+pub use signed::{KEYS_MAX, Signature, TrustedKeys, is_key};
 pub use spine::{SpineDir, SpineText};
 pub use summary::documents;
 

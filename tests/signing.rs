@@ -836,7 +836,7 @@ fn verbs_tell_who_has_signed_what_and_a_config_file_names_the_keys() {
     );
     assert_eq!(run(&["run", "demo/a", "--", "true"]).0, 0);
     let log = fs::read_to_string(home.join(".local/state/envfabric/mount.log")).unwrap();
-    assert_eq!(log.matches("pointer 2 of demo/b").count(), 1, "{log}");
+    assert_eq!(log.matches("ERROR pointer 2 of demo/b").count(), 1, "{log}");
     assert_eq!(run(&["umount", mount]).0, 0);
 
     // A mount that shows what anybody has written is not used by who trusts keys.

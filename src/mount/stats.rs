@@ -304,6 +304,7 @@ fn refused(mount: &MountInfo, error: io::Error) -> Error {
 mod tests {
     use super::*;
     use crate::cache::Histogram;
+    use crate::store::KEYS_MAX;
 
     #[test]
     fn the_longest_answer_fits_an_attribute_and_older_mounts_are_understood() {
@@ -335,11 +336,12 @@ mod tests {
                 latency: Histogram { up_to_microseconds: vec![most; 20], counts: vec![most; 21] },
                 ..CacheStats::default()
             }),
+            trusted_keys: vec!["x".repeat(72); KEYS_MAX],
         };
         let mut value = serde_json::to_value(&stats).unwrap();
         assert!(serde_json::to_vec(&value).unwrap().len() < ANSWER_MAX);
         assert_eq!(serde_json::from_value::<Stats>(value.clone()).unwrap(), stats);
-        for new in ["process_threads", "store_hangs", "cache"] {
+        for new in ["process_threads", "store_hangs", "cache", "trusted_keys"] {
             value.as_object_mut().unwrap().remove(new);
         }
         assert_eq!(serde_json::from_value::<Stats>(value).unwrap().cache, None);

@@ -84,7 +84,7 @@ mod tests {
         assert_eq!(store.policy().unwrap(), None);
         let key = SecretKey::new(&[3; 32], "release").unwrap().public();
         store.set_policy(std::slice::from_ref(&key)).unwrap();
-        assert_eq!(store.policy().unwrap().unwrap().public_keys(), [key.clone()]);
+        assert_eq!(store.policy().unwrap().unwrap().public_keys(), std::slice::from_ref(&key));
         assert_eq!(store.require_signer().unwrap_err().kind(), Kind::Rejected);
         std::fs::write(dir.path().join("policy/2.json"), "{").unwrap();
         assert_eq!(store.policy().unwrap_err().kind(), Kind::Corrupt);

@@ -104,8 +104,8 @@ impl Seen {
 fn prepare(db: Connection) -> rusqlite::Result<Connection> {
     db.busy_timeout(Duration::from_secs(30))?;
     db.pragma_update(None, "journal_mode", "WAL")?;
-    // What was believed must be remembered after a power cut, too.
-    db.pragma_update(None, "synchronous", "FULL")?;
+    // A power cut may cost what was seen last; to wait for the disk with every name would cost minutes of a listing.
+    db.pragma_update(None, "synchronous", "NORMAL")?;
     db.execute_batch(
         "CREATE TABLE IF NOT EXISTS seen (environment TEXT NOT NULL, kind INTEGER NOT NULL, number INTEGER NOT NULL,
              nonce TEXT NOT NULL, PRIMARY KEY (environment, kind, number)) WITHOUT ROWID;",

@@ -44,6 +44,9 @@ const AFTER: &str = "\"}";
 const KEY_DIGITS: usize = 64;
 const SIGNATURE_DIGITS: usize = SIGNATURE_SIZE * 2;
 
+/// How many keys a machine may trust: a mount tells all of them in one extended attribute.
+pub const KEYS_MAX: usize = 64;
+
 /// What is signed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Statement {
@@ -62,8 +65,12 @@ impl TrustedKeys {
     /// In `keys`, with a memory in directory `dir` of what was seen of `store`; without one in this process alone.
     ///
     /// # Errors
-    /// [`Kind::Corrupt`] when the memory cannot be read; errors of the file system.
+    /// [`Kind::Usage`] when there are more than [`KEYS_MAX`]; [`Kind::Failed`] when the memory cannot be used.
     pub fn new(keys: Vec<PublicKey>, dir: Option<&Path>, store: &Store) -> Result<TrustedKeys> {
+        if keys.len() > KEYS_MAX {
+            let what = format!("{} keys are too many to trust", keys.len());
+            return Err(Error::new(Kind::Usage, what).hint(format!("name at most {KEYS_MAX}")));
+        }
         let seen = match dir {
             Some(dir) => Seen::open(dir, &store.fabric().id)?,
             None => Seen::in_memory()?,
