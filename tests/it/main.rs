@@ -13,6 +13,7 @@ mod faults;
 mod imports;
 mod network;
 mod side_by_side;
+mod signing;
 mod sources;
 mod suites;
 mod switching;
