@@ -237,6 +237,7 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
 fn create_once(context: &Context<'_>, request: &Request) -> Result<Created> {
     context.store.require_writable()?;
     let begun = BootTime::now();
+    context.store.require_signer()?;
     let name = &request.name;
     let waiting = || context.progress.event(&Event::Step(Step::Waiting));
     let lock = format!("env-{}", Digest::of(format!("{} {name}", context.store.fabric().id).as_bytes()).short());
@@ -318,12 +319,12 @@ fn create_once(context: &Context<'_>, request: &Request) -> Result<Created> {
     let bundles = bundles.iter().filter_map(|doc| Some(doc.bundle?.object())).collect();
     let look = |version: &Version| context.store.require_whole(version, &bundles);
     match context.store.current(name) {
-        Ok(current) if current.same_content(&draft) => {
+        Ok(current) if current.same_content(&draft) && context.store.is_signed_enough(&current) => {
             look(&current)?;
             return Ok(created(current, Outcome::Unchanged));
         }
         // A current version that cannot be read is no reason not to publish one that can.
-        Err(error) if !matches!(error.kind(), Kind::NotFound | Kind::Corrupt) => return Err(error),
+        Err(error) if !matches!(error.kind(), Kind::NotFound | Kind::Corrupt | Kind::Rejected) => return Err(error),
         _ => {}
     }
     if request.validate {

@@ -87,6 +87,21 @@ impl Options {
             scrub: 1 << 20,
         }
     }
+
+    /// The same for `store`: where versions must be signed, a directory of its own for what these keys vouch for. What a
+    /// mount that trusts everybody has compared was compared with what anybody may have written.
+    #[must_use]
+    pub fn for_keys_of(mut self, store: &Store) -> Options {
+        if let Some(trust) = store.trust() {
+            let mut keys: Vec<&[u8; 32]> = trust.keys().iter().map(|key| key.as_bytes()).collect();
+            keys.sort_unstable();
+            self.dir.push(format!(
+                "signed-{}",
+                Digest::of(&keys.into_iter().copied().collect::<Vec<_>>().concat()).short()
+            ));
+        }
+        self
+    }
 }
 
 /// What an object is called here.

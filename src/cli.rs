@@ -15,6 +15,7 @@ mod gc;
 mod index;
 mod init;
 mod interrupt;
+mod key;
 mod list;
 mod mount;
 mod output;
@@ -26,6 +27,7 @@ mod rollback;
 mod run;
 mod settings;
 mod show;
+mod signing;
 mod spec;
 mod stats;
 mod versions;
@@ -71,6 +73,8 @@ struct Global {
     /// Print JSON on standard output, and errors as JSON on standard error
     #[arg(long, global = true)]
     json: bool,
+    #[command(flatten)]
+    signing: signing::SigningFlags,
     /// Say nothing but results and errors
     #[arg(long, short, global = true)]
     quiet: bool,
@@ -95,6 +99,8 @@ enum Verb {
     Remove(remove::Remove),
     #[command(subcommand)]
     Python(python::Python),
+    #[command(subcommand)]
+    Key(key::Key),
     Warm(warm::Warm),
     Profile(profile::Profile),
     Stats(stats::Stats),
@@ -113,12 +119,19 @@ pub(crate) struct Context {
     /// The config file that was named, for processes that this one starts.
     config: Option<std::path::PathBuf>,
     verbose: u8,
+    /// True for a verb that publishes: only these read the key that signs.
+    publishes: bool,
     out: Output,
 }
 
 impl Context {
-    /// Opens the store that the settings name.
+    /// Opens the store that the settings name, with the keys in force.
     fn store(&self) -> Result<Store> {
+        self.plain_store().and_then(|store| self.with_keys(store))
+    }
+
+    /// The same for who only looks, at whatever is there.
+    fn plain_store(&self) -> Result<Store> {
         Store::open(&self.settings.store).map_err(|error| {
             match error.is_not_found() && self.settings.store_is_default {
                 true => error.hint("the first `envfabric create` makes it; or name another with --store"),
@@ -129,7 +142,10 @@ impl Context {
 
     /// Opens the store to build into; makes it when it is the default one of a user who has configured nothing.
     fn store_or_default(&self) -> Result<Store> {
-        if self.settings.store_is_default { Store::init(&self.settings.store) } else { self.store() }
+        match self.settings.store_is_default {
+            true => Store::init(&self.settings.store).and_then(|store| self.with_keys(store)),
+            false => self.store(),
+        }
     }
 
     /// What a build works with; without a trial of the result.
@@ -201,8 +217,9 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
         _ => {}
     }
     let store = cli.global.store.filter(|path| !path.as_os_str().is_empty());
-    let settings = Settings::load(store, cli.global.config.as_deref())?;
-    let context = Context { settings, config: cli.global.config, verbose: cli.global.verbose, out };
+    let settings = Settings::load(store, cli.global.config.as_deref(), cli.global.signing)?;
+    let publishes = matches!(cli.verb, Verb::Create(_) | Verb::Rollback(_) | Verb::Remove(_));
+    let context = Context { settings, config: cli.global.config, verbose: cli.global.verbose, publishes, out };
     match cli.verb {
         Verb::Init(verb) => verb.run(&context),
         Verb::Create(verb) => verb.run(&context),
@@ -217,6 +234,7 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
         Verb::Rollback(verb) => verb.run(&context),
         Verb::Remove(verb) => verb.run(&context),
         Verb::Python(verb) => verb.run(&context),
+        Verb::Key(verb) => verb.run(&context),
         Verb::Warm(verb) => verb.run(&context),
         Verb::Profile(verb) => verb.run(&context),
         Verb::Stats(verb) => verb.run(&context),

@@ -22,6 +22,7 @@ macro_rules! serde_as_text {
 
 mod digest;
 mod interpreter;
+mod key;
 pub mod lock;
 mod name;
 mod version;
@@ -31,5 +32,6 @@ pub(crate) use interpreter::tests::cpython311;
 
 pub use digest::{Digest, Hasher};
 pub use interpreter::{Interpreter, Markers};
+pub use key::{PUBLIC, PublicKey, SIGNATURE_SIZE, SecretKey, public_keys};
 pub use name::EnvName;
 pub use version::{Builder, Conflict, Document, InterpreterRef, Source, Summary, VERSION_FORMAT, Version};

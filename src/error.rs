@@ -37,6 +37,9 @@ pub enum Kind {
     TimedOut,
     /// What was to be used again was collected meanwhile; it can be built again.
     Collected,
+    /// It is not signed as this machine asks for: unsigned, altered, by a key that is not trusted, or an old statement
+    /// where a newer one was seen.
+    Rejected,
 }
 
 impl Kind {
@@ -60,6 +63,7 @@ impl Kind {
             Kind::Corrupt | Kind::Failed | Kind::TimedOut | Kind::Collected => libc::EIO,
             Kind::Interrupted => libc::EINTR,
             Kind::WouldWait => libc::EAGAIN,
+            Kind::Rejected => libc::EKEYREJECTED,
         }
     }
 
@@ -78,6 +82,7 @@ impl Kind {
             Kind::WouldWait => "would-wait",
             Kind::TimedOut => "timed-out",
             Kind::Collected => "collected",
+            Kind::Rejected => "rejected",
         }
     }
 }

@@ -179,7 +179,8 @@ fn ready(tree: Tree, options: &Options, dir: &Path, records: bool, tenure: &Tenu
     attach::raise_open_files();
     let distant = options.distant.unwrap_or_else(|| !is_local(tree.store().root()));
     let tree = if distant { tree.distant(options.patience) } else { tree };
-    let (tree, temporary) = match distant || options.cache_always || tree.store().codec() != Codec::Raw {
+    let trusts = tree.store().trust().is_some();
+    let (tree, temporary) = match distant || options.cache_always || tree.store().codec() != Codec::Raw || trusts {
         true if tenure.rehearses => (with_cache_if_free(tree, options)?, None),
         true => with_cache(tree, options)?,
         false => (tree, None),
@@ -314,7 +315,7 @@ fn mounted_at(dir: &Path) -> Result<Mountpoint> {
 /// `tree` with a cache as `options` say, if no other process has it.
 fn with_cache_if_free(tree: Tree, options: &Options) -> Result<Tree> {
     let Some(keep) = &options.cache else { return Ok(tree) };
-    match Cache::open(keep.clone(), tree.store().clone()) {
+    match Cache::open(keep.clone().for_keys_of(tree.store()), tree.store().clone()) {
         Ok(cache) => Ok(tree.cached(Arc::new(cache))),
         Err(error) if error.kind() == Kind::Busy => Ok(tree),
         Err(error) => Err(error),
@@ -324,7 +325,7 @@ fn with_cache_if_free(tree: Tree, options: &Options) -> Result<Tree> {
 /// `tree` with a cache as `options` say; without a word from them in a directory that is gone when the mount is.
 fn with_cache(tree: Tree, options: &Options) -> Result<(Tree, Option<TempDir>)> {
     let (keep, temporary) = match &options.cache {
-        Some(keep) => (keep.clone(), None),
+        Some(keep) => (keep.clone().for_keys_of(tree.store()), None),
         None => {
             let dir = tempfile::Builder::new().prefix("envfabric-cache-").tempdir();
             let dir = dir.at("creating", std::env::temp_dir())?;

@@ -15,6 +15,7 @@
 //!   leases/<id>.json                         who uses which versions
 //!   trash/<generation>/...                   what was collected lately, under its path; readers look here, too
 //!   quarantine/                              damaged files that were replaced or of no use
+//!   policy/<seq>.json                        who is to sign versions, for those who publish
 //!   tmp/                                     files that are being written
 //! ```
 //!
@@ -40,11 +41,15 @@ mod layer;
 mod layer_writer;
 mod leases;
 mod object;
+mod policy;
 mod profiles;
 mod publish;
 mod repair;
 mod row;
 mod seal;
+mod seen;
+mod signatures;
+mod signed;
 mod spine;
 mod summary;
 mod switching;
@@ -71,10 +76,13 @@ pub use layer_writer::{LayerWriter, Staged, StagedKind};
 pub use leases::{Lease, LeaseDoc, Leased, STALE as LEASE_STALE};
 pub(crate) use object::REQUEST_MAX;
 pub use object::{Object, ObjectFile, Room, StoredChunks};
+pub use policy::Policy;
 pub use profiles::{Profile, STARTS_ENOUGH, Touched};
 pub use publish::{Named, Tried};
 pub use repair::PutAside;
 pub use row::{Node, Place, Row, RowId};
+pub use signatures::Signatures;
+pub use signed::{KEYS_MAX, Signature, TrustedKeys, is_key};
 pub use spine::{SpineDir, SpineText};
 pub use summary::documents;
 
@@ -156,6 +164,7 @@ pub struct Store {
     root: PathBuf,
     fabric: Fabric,
     writable: bool,
+    signing: signed::Signing,
 }
 
 impl Store {
@@ -258,7 +267,7 @@ impl Store {
             return Err(corrupt());
         }
         let writable = unknown(&fabric.features.read_compatible, READ_COMPATIBLE_KNOWN).is_none();
-        Ok(Store { root, fabric, writable })
+        Ok(Store { root, fabric, writable, signing: signed::Signing::default() })
     }
 
     /// The directory.
@@ -525,7 +534,7 @@ impl Store {
 const LATER_NAMES: [&str; 3] = ["leases", "trash", "quarantine"];
 
 /// Directories of a store.
-const ROOM_NAMES: [&str; 8] = ["blobs", "packs", "catalogs", "layers", "keys", "interpreters", "envs", "tmp"];
+const ROOM_NAMES: [&str; 9] = ["blobs", "packs", "catalogs", "layers", "keys", "interpreters", "envs", "policy", "tmp"];
 
 #[derive(Serialize, Deserialize)]
 struct KeyDoc {

@@ -41,6 +41,7 @@ mod reading;
 mod slots;
 mod starts;
 mod version;
+mod vouched;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -213,6 +214,8 @@ pub struct Tree {
     /// Note what starts read, for the profiles of versions.
     records: bool,
     told: Mutex<HashSet<String>>,
+    /// Where versions must be signed: what is known of their layers.
+    vouched: vouched::Vouched,
 }
 
 /// Names as [`Names`] tells them, and the entries made of them.
@@ -254,6 +257,7 @@ impl Tree {
             leases: Arc::default(),
             records: false,
             told: Mutex::default(),
+            vouched: vouched::Vouched::default(),
         }
     }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::store::is_key;
 
 /// What a config file may say; an unknown key is an error, because it is a spelling mistake.
 #[derive(Debug, Default, Deserialize)]
@@ -31,6 +32,11 @@ pub(crate) struct Config {
     pub(crate) extra_index_urls: Vec<String>,
     /// Platform to resolve for (the oldest of the fleet), as uv names it.
     pub(crate) python_platform: Option<String>,
+    /// Public keys, or files with some: only what they have signed is believed.
+    #[serde(default)]
+    pub(crate) trusted_keys: Vec<String>,
+    /// The file with the key that signs what is published.
+    pub(crate) sign_with: Option<PathBuf>,
 }
 
 impl Config {
@@ -50,7 +56,10 @@ impl Config {
         let base = std::path::absolute(path).at("finding", path)?;
         let base = base.parent().unwrap_or(Path::new("/"));
         let paths = [&mut config.store, &mut config.mount, &mut config.cache, &mut config.uv, &mut config.scratch];
-        for path in paths.into_iter().flatten() {
+        for key in config.trusted_keys.iter_mut().filter(|key| !is_key(key)) {
+            *key = base.join(&*key).to_string_lossy().into_owned();
+        }
+        for path in paths.into_iter().flatten().chain(&mut config.sign_with) {
             *path = base.join(&*path);
         }
         Ok(config)
@@ -60,7 +69,7 @@ impl Config {
         toml::from_str(text).map_err(|error| {
             Error::new(Kind::Usage, error.message().to_string())
                 .detail(error.to_string().trim_end().to_string())
-                .hint("keys: store, mount, cache, cache-size, cache-free, uv, scratch, index-url, extra-index-urls, python-platform")
+                .hint("keys: store, mount, cache, cache-size, cache-free, uv, scratch, index-url, extra-index-urls, python-platform, trusted-keys, sign-with")
         })
     }
 }

@@ -104,7 +104,7 @@ impl Create {
         let uv = Uv::new(context.settings.config.uv.clone());
         let shown = Shown::interruptible(&context.out)?;
         let trial = |draft: &Version, layers: &[Arc<LayerDoc>]| {
-            mount::trial(&store, index.clone(), draft, |dir| build::run_trial(dir, layers))
+            mount::trial(&store.unchecked(), index.clone(), draft, |dir| build::run_trial(dir, layers))
         };
         let building = context.builds(&store, &index, &uv, &*shown)?;
         let created = build::create(

@@ -66,6 +66,7 @@ pub(crate) fn start_daemon(context: &Context, dir: &Path, flags: &[String]) -> R
         .arg(&context.settings.store)
         .args(context.config.iter().flat_map(|config| ["--config".as_ref(), config.as_os_str()]))
         .args((0..context.verbose).map(|_| "-v"))
+        .args(context.settings.keys.flags())
         .arg("mount")
         .arg("--notify")
         .args(flags)

@@ -1,5 +1,6 @@
 //! `envfabric doctor`
 
+mod keys;
 mod nas;
 mod places;
 
@@ -247,6 +248,7 @@ fn of_store(context: &Context, store: &Store) -> Vec<Check> {
         return checks;
     }
     checks.extend(nas::store(store));
+    checks.extend(keys::checks(context, store));
     checks.push(Check::of("index", context.index(store), |i| i.path().display().to_string()));
     let of = store.clone();
     checks.push(Check::of("interpreters", within(PATIENCE, move || of.interpreters()), |all| match all.len() {

@@ -144,6 +144,7 @@ pub(super) fn pinned_venv(context: &Context, environment: &EnvSpec) -> Result<Pa
 fn mounted(context: &Context, store: &Store) -> Result<PathBuf> {
     let mount = &context.settings.mount;
     if let Some(at) = mount_of(store, mount)? {
+        super::signing::believes_no_others(&at, store)?;
         return Ok(at);
     }
     if start_daemon(context, mount, &[])?.is_some() {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::config::Config;
+use super::signing::{Keys, SigningFlags};
 use crate::error::{Error, IoContext, Kind, Result};
 
 /// The paths and options in force.
@@ -22,13 +23,15 @@ pub(crate) struct Settings {
     state: Option<PathBuf>,
     /// Directory for builds in progress.
     pub(crate) scratch: PathBuf,
+    /// Keys that sign and that are trusted.
+    pub(crate) keys: Keys,
     /// What the config file says.
     pub(crate) config: Config,
 }
 
 impl Settings {
     /// Finds everything. `store` and `config` are flags or variables (clap reads both).
-    pub(crate) fn load(store: Option<PathBuf>, config: Option<&Path>) -> Result<Settings> {
+    pub(crate) fn load(store: Option<PathBuf>, config: Option<&Path>, signing: SigningFlags) -> Result<Settings> {
         let home = std::env::var_os("HOME").map(PathBuf::from).filter(|p| p.is_absolute());
         let xdg = |variable: &str, below_home: &str| -> Result<PathBuf> {
             // The XDG specification says that a relative path is to be ignored.
@@ -66,7 +69,27 @@ impl Settings {
             None => xdg("XDG_CACHE_HOME", ".cache").ok().map(|dir| dir.join("files")),
         };
         let state = xdg("XDG_STATE_HOME", ".local/state").ok();
-        Ok(Settings { store, store_is_default, mount, cache, cache_is_named, state, scratch, config })
+        Ok(Settings {
+            store,
+            store_is_default,
+            mount,
+            cache,
+            cache_is_named,
+            state,
+            scratch,
+            keys: signing.over(&config)?,
+            config,
+        })
+    }
+
+    /// Where a signing key is put when nobody says where.
+    pub(crate) fn own_signing_key(&self) -> Result<PathBuf> {
+        let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let dir = absolute("XDG_CONFIG_HOME").or_else(|| absolute("HOME").map(|home| home.join(".config")));
+        dir.map(|dir| dir.join("envfabric/signing.key")).ok_or_else(|| {
+            Error::new(Kind::Usage, "there is no place for a key: neither HOME nor XDG_CONFIG_HOME is set")
+                .hint("name a file with --out")
+        })
     }
 
     /// Directory of the index, locks and logs.

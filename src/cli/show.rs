@@ -9,6 +9,7 @@ use super::output::{bytes, table, time};
 use super::spec::{EnvSpec, spec};
 use crate::environment::{Digest, Source, Version};
 use crate::error::Result;
+use crate::store::Signature;
 
 /// Show one environment: interpreter path, source, packages
 #[derive(Debug, clap::Args)]
@@ -35,13 +36,15 @@ struct Shown<'a> {
     bytes: u64,
     packages: Vec<Package>,
     host_libraries: Vec<String>,
+    signature: Option<Signature>,
     #[serde(flatten)]
     version: &'a Version,
 }
 
 impl Show {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
-        let store = context.store()?;
+        let store = context.plain_store()?;
+        let trust = context.trusted_keys(&store)?;
         let index = context.index(&store)?;
         let version = self.environment.resolve(&store)?;
         let layers = index.layers(&store, &version.layers)?;
@@ -66,6 +69,7 @@ impl Show {
                 })
                 .collect(),
             host_libraries: python.map(|p| p.python.host_libraries).unwrap_or_default(),
+            signature: store.signature(name, version.number, trust.as_ref())?,
             version: &version,
         };
         context.out.result(&shown, |w| {
@@ -75,6 +79,9 @@ impl Show {
             writeln!(w, "path     {}", shown.path)?;
             writeln!(w, "pinned   {}", shown.pinned_path)?;
             writeln!(w, "source   {}", source(&version.source))?;
+            if let Some(signature) = &shown.signature {
+                writeln!(w, "signed   {}", signature.sentence())?;
+            }
             if let Some(lock) = &version.lock {
                 writeln!(w, "lock     {} ({})", lock.name, bytes(lock.size))?;
             }

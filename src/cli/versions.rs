@@ -9,6 +9,7 @@ use super::output::{table, time};
 use super::spec::name;
 use crate::environment::EnvName;
 use crate::error::{Error, Kind, Result};
+use crate::store::Signature;
 
 /// List the versions of an environment
 #[derive(Debug, clap::Args)]
@@ -26,13 +27,15 @@ struct Line {
     python: Option<String>,
     packages: Option<usize>,
     host: Option<String>,
+    signature: Option<Signature>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
 }
 
 impl Versions {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
-        let store = context.store()?;
+        let store = context.plain_store()?;
+        let trust = context.trusted_keys(&store)?;
         let numbers = store.version_numbers(&self.environment)?;
         if numbers.is_empty() {
             return Err(Error::new(Kind::NotFound, format!("there is no environment {}", self.environment))
@@ -54,6 +57,7 @@ impl Versions {
                     python: version.as_ref().map(|v| v.interpreter.version.clone()),
                     packages: version.as_ref().map(|v| v.layers.len()),
                     host: version.map(|v| v.builder.host),
+                    signature: store.signature(&self.environment, number, trust.as_ref()).ok().flatten(),
                     error,
                 }
             })
@@ -68,12 +72,17 @@ impl Versions {
                     or_unknown(line.python.clone()),
                     or_unknown(line.packages.map(|n| n.to_string())),
                     or_unknown(line.host.clone()),
+                    or_unknown(line.signature.as_ref().map(Signature::sentence)),
                 ]
             });
             write!(
                 w,
                 "{}",
-                table(&["VERSION", "", "CREATED", "PYTHON", "PACKAGES", "BUILT ON"], rows.collect(), &[0, 4])
+                table(
+                    &["VERSION", "", "CREATED", "PYTHON", "PACKAGES", "BUILT ON", "SIGNATURE"],
+                    rows.collect(),
+                    &[0, 4]
+                )
             )
         })?;
         if current.is_none() {

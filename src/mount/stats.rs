@@ -151,6 +151,7 @@ impl Counters {
                 replacements: number(Number::Replacements),
                 poisoned: number(Number::Poisoned),
             }),
+            trusted_keys: tree.store().trust().iter().flat_map(|trust| trust.keys()).map(|key| key.text()).collect(),
         };
         // Numbers and texts can always be written.
         serde_json::to_vec(&stats).unwrap_or_default()
@@ -202,6 +203,9 @@ pub struct Stats {
     /// The cache, where it has one.
     #[serde(default)]
     pub cache: Option<CacheStats>,
+    /// Keys of those whom it believes; none: whoever can write to the store.
+    #[serde(default)]
+    pub trusted_keys: Vec<String>,
     /// Who sees to it that it is served, where somebody does.
     #[serde(default)]
     pub supervised: Option<Supervised>,
@@ -327,6 +331,7 @@ fn refused(mount: &MountInfo, error: io::Error) -> Error {
 mod tests {
     use super::*;
     use crate::cache::Histogram;
+    use crate::store::KEYS_MAX;
 
     #[test]
     fn the_longest_answer_fits_an_attribute_and_older_mounts_are_understood() {
@@ -365,11 +370,12 @@ mod tests {
                 replacements: most,
                 poisoned: most,
             }),
+            trusted_keys: vec!["x".repeat(72); KEYS_MAX],
         };
         let mut value = serde_json::to_value(&stats).unwrap();
         assert!(serde_json::to_vec(&value).unwrap().len() < ANSWER_MAX);
         assert_eq!(serde_json::from_value::<Stats>(value.clone()).unwrap(), stats);
-        for new in ["process_threads", "store_hangs", "cache", "supervised"] {
+        for new in ["process_threads", "store_hangs", "cache", "supervised", "trusted_keys"] {
             value.as_object_mut().unwrap().remove(new);
         }
         assert_eq!(serde_json::from_value::<Stats>(value).unwrap().cache, None);

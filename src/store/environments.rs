@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use super::gc::{BootTime, FRESH};
 use super::seal::{self, Unreadable};
-use super::{Store, disk, in_parallel, list_dirs, list_names, now, publish, read_json, to_json};
+use super::signed::{Statement, replayed};
+use super::{Store, disk, in_parallel, list_dirs, list_names, now, parse, publish};
 use crate::environment::{EnvName, VERSION_FORMAT, Version};
 use crate::error::{Error, IoContext, Kind, Result};
 use std::fs::File;
@@ -164,6 +165,7 @@ impl Store {
             return Err(Error::new(Kind::Corrupt, format!("{} describes another version", path.display()))
                 .hint("run `envfabric fsck`"));
         }
+        self.admit_version(&version, &bytes)?;
         Ok(version)
     }
 
@@ -174,9 +176,11 @@ impl Store {
     /// withdrawn. `create` and `rollback` write a new one over it.
     pub fn pointer(&self, name: &EnvName) -> Result<Option<Pointer>> {
         let dir = self.env_dir(name).join("current");
+        let seen = self.newest_seen(name)?;
         let mut tries = 0;
         loop {
-            let (mut sequence, mut pointer) = match numbers(&dir)?.last().copied() {
+            // A pointer that was seen is asked for by its name: the listing of it may be older.
+            let (mut sequence, mut pointer) = match numbers(&dir)?.last().copied().max(seen) {
                 Some(sequence) => (sequence, self.read_pointer(name, sequence)),
                 None => match self.first_pointer(name)? {
                     Some(first) => (1, Ok(first)),
@@ -197,7 +201,12 @@ impl Store {
             match pointer {
                 // Collected between listing and opening: a newer one is there.
                 Err(error) if error.is_not_found() && tries < 3 => tries += 1,
-                other => return other.map(Some),
+                Err(error) if error.is_not_found() && seen == Some(sequence) => {
+                    self.require_present()?;
+                    return Err(replayed(name, sequence));
+                }
+                Err(error) => return Err(error),
+                Ok(pointer) => return self.note_pointer(name, &pointer).map(|()| Some(pointer)),
             }
         }
     }
@@ -212,7 +221,8 @@ impl Store {
 
     pub(super) fn read_pointer(&self, name: &EnvName, sequence: u64) -> Result<Pointer> {
         let path = self.pointer_path(name, sequence);
-        let pointer: Pointer = read_json(&path)?;
+        let bytes = publish::read(&path)?;
+        let pointer: Pointer = parse(&path, &bytes)?;
         let wrong = |kind, what: &str| Err(Error::new(kind, format!("pointer {} {what}", path.display())));
         if pointer.format > 1 {
             return wrong(Kind::Unsupported, "is of a newer format").map_err(|e| e.hint("upgrade envfabric"));
@@ -222,6 +232,7 @@ impl Store {
                 e.hint(format!("name the version that should be current: `envfabric rollback {name} N`"))
             });
         }
+        self.admit_pointer(name, sequence, &bytes)?;
         Ok(pointer)
     }
 
@@ -232,6 +243,9 @@ impl Store {
             Err(error) if matches!(error.kind(), NotFound | NotADirectory) => return Ok(None),
             other => other.at("opening", &path)?.modified().at("opening", &path)?,
         };
+        if self.trust().is_some() {
+            self.version(name, 1)?;
+        }
         Ok(Some(Pointer {
             format: 1,
             sequence: 1,
@@ -249,10 +263,14 @@ impl Store {
         let sequences = numbers(&self.env_dir(name).join("current"))?;
         match self.pointer(name) {
             Ok(pointer) => Ok((pointer.as_ref().map_or(0, |p| p.sequence), pointer)),
-            Err(error) if error.kind() == Kind::Corrupt => {
+            Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::Rejected) => {
                 let older = sequences.iter().rev().find_map(|sequence| self.read_pointer(name, *sequence).ok());
-                let older = older.map_or_else(|| self.first_pointer(name), |older| Ok(Some(older)))?;
-                Ok((sequences.last().copied().unwrap_or(0), older))
+                let first = || match self.first_pointer(name) {
+                    Err(error) if error.kind() == Kind::Rejected => Ok(None),
+                    first => first,
+                };
+                let older = older.map_or_else(first, |older| Ok(Some(older)))?;
+                Ok((sequences.last().copied().max(self.newest_seen(name)?).unwrap_or(1), older))
             }
             Err(error) => Err(error),
         }
@@ -284,6 +302,7 @@ impl Store {
     /// version can be seen: what a collector takes from then on, it brings back by itself.
     pub fn publish_version_if(&self, draft: Version, whole: impl FnOnce(&Version) -> Result<()>) -> Result<Claimed> {
         self.require_writable()?;
+        self.require_signer()?;
         let draft = self.claim_number(draft)?;
         let (name, number) = (draft.environment.clone(), draft.number);
         whole(&draft)?;
@@ -304,11 +323,13 @@ impl Store {
             let looked = BootTime::now();
             draft.nonce = publish::nonce()?;
             let newest = self.last_pointer(&name)?.1.map_or(0, |p| p.newest);
-            let mut number = self.version_numbers(&name)?.last().copied().unwrap_or(0).max(newest) + 1;
+            let number = self.version_numbers(&name)?.last().copied().unwrap_or(0).max(newest);
+            // A store that was restored from a backup may have lost numbers that are in use.
+            let mut number = number.max(self.highest_seen(&name)?) + 1;
             let path = loop {
                 draft.number = number;
                 let path = self.version_path(&name, number);
-                if publish::bytes(&self.root, &path, &to_json(&draft)?)? {
+                if publish::bytes(&self.root, &path, &self.signed(Statement::Version, &name, number, &draft)?)? {
                     break path;
                 }
                 number += 1;
@@ -325,6 +346,7 @@ impl Store {
     /// Claims the next sequence number. None when the rule of `reason` says to leave the pointer as it is.
     pub(super) fn point(&self, name: &EnvName, version: Option<u64>, reason: &str) -> Result<Option<Pointer>> {
         self.require_writable()?;
+        self.require_signer()?;
         let nonce = publish::nonce()?;
         loop {
             let (last, now_current) = self.last_pointer(name)?;
@@ -348,7 +370,7 @@ impl Store {
                 nonce: nonce.clone(),
             };
             let path = self.pointer_path(name, pointer.sequence);
-            if publish::bytes(&self.root, &path, &to_json(&pointer)?)? {
+            if publish::bytes(&self.root, &path, &self.signed(Statement::Pointer, name, pointer.sequence, &pointer)?)? {
                 return Ok(Some(pointer));
             }
         }
@@ -452,7 +474,7 @@ pub(crate) mod tests {
         assert_eq!(store.last_current(&name).unwrap(), Some(1));
         // A builder that claimed its number before the first was there.
         let second = Version { number: 2, ..draft("demo/a") };
-        publish::bytes(dir.path(), &store.version_path(&name, 2), &to_json(&second).unwrap()).unwrap();
+        publish::bytes(dir.path(), &store.version_path(&name, 2), &seal::write(&second).unwrap()).unwrap();
         assert_eq!(store.current(&name).unwrap().number, 1);
         assert_eq!(store.point(&name, Some(2), "create").unwrap().unwrap().sequence, 2);
         assert_eq!((store.current(&name).unwrap().number, pointers()), (2, vec![2]));
@@ -463,7 +485,7 @@ pub(crate) mod tests {
         let other: EnvName = "demo/b".parse().unwrap();
         store.publish_version(draft("demo/b")).unwrap();
         let first = store.pointer(&other).unwrap().unwrap();
-        publish::bytes(dir.path(), &store.pointer_path(&other, 1), &to_json(&first).unwrap()).unwrap();
+        publish::bytes(dir.path(), &store.pointer_path(&other, 1), &seal::write(&first).unwrap()).unwrap();
         assert_eq!(store.pointer(&other).unwrap(), Some(first));
         assert_eq!(store.remove(&other).unwrap().sequence, 2);
     }

@@ -162,13 +162,40 @@ impl Index {
 
     /// Takes in the documents of a summary.
     pub fn learn(&self, summary: &Summary, docs: Vec<LayerDoc>) -> Result<()> {
-        let digests: Vec<Digest> = docs.iter().map(|doc| doc.digest).collect();
+        let docs = self.remember(docs);
+        self.write_down(summary, &docs)
+    }
+
+    /// The same, where somebody waits for the documents: they are written down afterwards. What is lost with the process
+    /// is learned again.
+    pub fn learn_now(self: &Arc<Self>, summary: &Summary, docs: Vec<LayerDoc>) -> Result<()> {
+        let docs = self.remember(docs);
+        let (index, summary) = (self.clone(), *summary);
+        let write = {
+            let docs = docs.clone();
+            move || {
+                if let Err(error) = index.write_down(&summary, &docs) {
+                    tracing::warn!(error = error.chain(), "what was learned is not written down");
+                }
+            }
+        };
+        match std::thread::Builder::new().name("learn".into()).spawn(write) {
+            Ok(_) => Ok(()),
+            Err(_) => self.write_down(&summary, &docs),
+        }
+    }
+
+    fn remember(&self, docs: Vec<LayerDoc>) -> Vec<Arc<LayerDoc>> {
         let docs: Vec<Arc<LayerDoc>> = docs.into_iter().map(Arc::new).collect();
-        self.keep(&docs)?;
         // They say more than the documents alone: where the catalogs are together.
         let mut memory = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
-        memory.extend(docs.into_iter().map(|doc| (doc.digest, doc)));
-        drop(memory);
+        memory.extend(docs.iter().map(|doc| (doc.digest, doc.clone())));
+        docs
+    }
+
+    fn write_down(&self, summary: &Summary, docs: &[Arc<LayerDoc>]) -> Result<()> {
+        let digests: Vec<Digest> = docs.iter().map(|doc| doc.digest).collect();
+        self.keep(docs)?;
         self.set_summary(&digests, summary)
     }
 

@@ -20,9 +20,16 @@ const DIGITS: usize = 64;
 /// The bytes of a document of the store: `value`, which serializes as a JSON object with at least one member, with its
 /// seal.
 pub fn write<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+    write_with(value, |_| Vec::new())
+}
+
+/// The same with more members, `,"name":...`, which `more` makes of all bytes before them.
+pub(super) fn write_with<T: Serialize>(value: &T, more: impl FnOnce(&[u8]) -> Vec<u8>) -> Result<Vec<u8>> {
     let unwritable = || Error::new(Kind::Failed, "a document cannot be written as JSON");
     let mut bytes = serde_json::to_vec(value).map_err(|source| unwritable().with_source(source))?;
     bytes.pop_if(|last| *last == b'}').ok_or_else(unwritable)?;
+    let more = more(&bytes);
+    bytes.extend(more);
     let seal = Digest::of(&bytes).to_string();
     bytes.extend([BEFORE, seal.as_bytes(), AFTER].concat());
     Ok(bytes)
@@ -30,9 +37,14 @@ pub fn write<T: Serialize>(value: &T) -> Result<Vec<u8>> {
 
 /// True when `bytes` are as they were written.
 pub(super) fn is_whole(bytes: &[u8]) -> bool {
-    let Some(start) = bytes.len().checked_sub(BEFORE.len() + DIGITS + AFTER.len()) else { return false };
+    sealed(bytes).is_some()
+}
+
+/// The bytes before the seal of a document that is as it was written.
+pub(super) fn sealed(bytes: &[u8]) -> Option<&[u8]> {
+    let start = bytes.len().checked_sub(BEFORE.len() + DIGITS + AFTER.len())?;
     let (text, seal) = bytes.split_at(start);
-    seal == [BEFORE, Digest::of(text).to_string().as_bytes(), AFTER].concat()
+    (seal == [BEFORE, Digest::of(text).to_string().as_bytes(), AFTER].concat()).then_some(text)
 }
 
 /// Why a document cannot be read.

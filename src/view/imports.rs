@@ -203,7 +203,7 @@ impl Tree {
             }
             Object::Layer { layer, file: LayerFile::Imports } => {
                 let digest = self.layer_slots.key(layer).ok_or_else(gone)?;
-                let doc = self.index.layer(&self.store, &digest).map_err(damaged)?;
+                let doc = self.layer_doc(&digest)?;
                 self.with_catalog(&digest, |catalog| layer_index(catalog, cache_tag(&doc.meta.abi)))?.into()
             }
             _ => return Err(gone()),

@@ -151,7 +151,7 @@ impl Tree {
             Object::Row { layer, row } => {
                 let Node::File { digest, .. } = self.row(layer, row)?.node else { return Ok(vec![]) };
                 let layer = self.layer_slots.key(layer).ok_or_else(gone)?;
-                let doc = self.index.layer(&self.store, &layer).map_err(damaged)?;
+                let doc = self.layer_doc(&layer)?;
                 let mut found =
                     vec![("user.envfabric.layer", layer.to_string()), ("user.envfabric.digest", digest.to_string())];
                 if doc.meta.kind != LayerKind::Scaffold {

@@ -14,6 +14,7 @@ mod imports;
 mod keeping;
 mod network;
 mod side_by_side;
+mod signing;
 mod sources;
 mod suites;
 mod switching;

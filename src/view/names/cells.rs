@@ -102,6 +102,13 @@ impl Outage {
 
     /// Takes a failure into account, and tells it where it is the first.
     pub(super) fn feel(&self, was_failing: bool, error: &Error) {
+        // The store does answer, and what it says is not believed.
+        if error.kind() == Kind::Rejected {
+            if !was_failing {
+                tracing::error!("{}; what was known last is shown", error.chain());
+            }
+            return;
+        }
         if self.begins(was_failing) {
             self.whole.store(error.kind() == Kind::TimedOut, Ordering::Relaxed);
             let error = error.chain();
