@@ -32,6 +32,7 @@ mod hot;
 mod index;
 mod layer;
 mod layer_writer;
+mod made;
 mod object;
 mod policy;
 mod profiles;
@@ -47,6 +48,7 @@ mod summary;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -150,6 +152,7 @@ pub struct Store {
     fabric: Fabric,
     writable: bool,
     signing: signed::Signing,
+    made: Arc<made::Made>,
 }
 
 impl Store {
@@ -249,7 +252,7 @@ impl Store {
             return Err(corrupt());
         }
         let writable = unknown(&fabric.features.read_compatible, READ_COMPATIBLE_KNOWN).is_none();
-        Ok(Store { root, fabric, writable, signing: signed::Signing::default() })
+        Ok(Store { root, fabric, writable, signing: signed::Signing::default(), made: Arc::default() })
     }
 
     /// The directory.

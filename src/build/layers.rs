@@ -193,7 +193,7 @@ pub(super) fn write_scaffold(store: &Store, stage: &Stage<'_>) -> Result<LayerDo
         uncompiled: BTreeMap::new(),
         bytecode: true,
     };
-    LayerWriter::new(store).write(meta, staged)
+    LayerWriter::repairing(store).write(meta, staged)
 }
 
 /// What makes imports from a mount cheaper (see [`crate::view`]): modules, their bytecode, and the line that runs them.
