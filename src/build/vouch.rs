@@ -150,7 +150,7 @@ fn refused(context: &Context<'_>, strange: &[&Digest]) -> Error {
         Ok(doc) => format!("{} {}", doc.meta.name, doc.meta.version),
         Err(_) => layer.short(),
     };
-    let names = strange.iter().take(5).map(|layer| name(layer)).collect::<Vec<_>>().join(", ");
+    let names = strange.iter().take(5).map(name).collect::<Vec<_>>().join(", ");
     let more = if strange.len() > 5 { format!(" and {} more", strange.len() - 5) } else { String::new() };
     let what = format!("it is not known who made {names}{more}, so it is not signed");
     Error::new(Kind::Rejected, what).hint(

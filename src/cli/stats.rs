@@ -48,7 +48,8 @@ fn print(stats: &mount::Stats, w: &mut dyn Write) -> io::Result<()> {
     ];
     let hangs =
         stats.store_hangs.then(|| ("hangs", "the store does not answer; names are told from memory".to_string()));
-    let facts = facts.into_iter().chain(hangs).map(|(name, text)| vec![name.into(), text]).collect();
+    let keys = (!stats.trusted_keys.is_empty()).then(|| ("believes", stats.trusted_keys.join("\n")));
+    let facts = facts.into_iter().chain(hangs).chain(keys).map(|(name, text)| vec![name.into(), text]).collect();
     write!(w, "{}", table(&["SERVED", ""], facts, &[]))?;
 
     let mut requests: Vec<_> = stats.requests.iter().filter(|(_, n)| **n > 0).collect();
