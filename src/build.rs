@@ -40,6 +40,7 @@ mod stage;
 mod tree;
 mod uv;
 mod validate;
+mod vouch;
 mod wheel;
 
 use std::cell::OnceCell;
@@ -251,6 +252,7 @@ fn create_once(context: &Context<'_>, request: &Request) -> Result<Created> {
     if !context.store.has_interpreter(&interpreter) {
         interpreter = resolve()?;
     }
+    vouch::interpreter(context, &interpreter)?;
     if let Some(platform) = &request.platform {
         python::check_platform(platform, &interpreter.python)?;
     }
@@ -262,7 +264,8 @@ fn create_once(context: &Context<'_>, request: &Request) -> Result<Created> {
         Ok(cell.get().map_or_else(|| context.scratch.clone(), |s| s.path().to_path_buf()))
     };
     let executable = || python::runnable(context, &interpreter);
-    let slot = Plan::slot(&opened, request, &interpreter);
+    // What was noted may come from a time without a key: who signs looks again.
+    let slot = Plan::slot(&opened, request, &interpreter).filter(|_| context.store.signer().is_none());
     let (parts, installed) = match slot.as_ref().and_then(|slot| slot.find(context)) {
         Some(known) => {
             let count = known.plan.layers.len();
@@ -296,7 +299,7 @@ fn create_once(context: &Context<'_>, request: &Request) -> Result<Created> {
         },
         scaffold: interpreter.scaffold,
         layers: plan.layers,
-        summaries: context.store.ensure_summaries(context.index, &all, request.rebuild)?,
+        summaries: vouch::summaries(context, &all, request.rebuild)?,
         lock: Some(plan.lock),
         pyproject: plan.pyproject,
         source,
@@ -344,7 +347,9 @@ fn create_once(context: &Context<'_>, request: &Request) -> Result<Created> {
 /// Makes sure that the interpreter that `request` names (a path, a version or a range) is in the store.
 pub fn add_interpreter(context: &Context<'_>, request: &str) -> Result<StoredInterpreter> {
     context.store.require_writable()?;
-    python::resolve(context, Some(request), None)
+    let added = python::resolve(context, Some(request), None)?;
+    context.index.note_made(context.store)?;
+    Ok(added)
 }
 
 /// Sentences about `conflicts` for people, the first few.
@@ -451,7 +456,9 @@ impl Work<'_> {
                 }
             }
         }
-        Ok((found.into_iter().flatten().collect(), keys.iter().all(Option::is_some), installed))
+        let found: Vec<Digest> = found.into_iter().flatten().collect();
+        vouch::packages(context, packages, &found, &python.layer_abi())?;
+        Ok((found, keys.iter().all(Option::is_some), installed))
     }
 
     fn install(&self, packages: &[&Package], executable: &Path, scratch: &Path) -> Result<Vec<LayerDoc>> {

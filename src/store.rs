@@ -40,6 +40,7 @@ mod index;
 mod layer;
 mod layer_writer;
 mod leases;
+mod made;
 mod object;
 mod policy;
 mod profiles;
@@ -58,6 +59,7 @@ mod trash;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -165,6 +167,7 @@ pub struct Store {
     fabric: Fabric,
     writable: bool,
     signing: signed::Signing,
+    made: Arc<made::Made>,
 }
 
 impl Store {
@@ -267,7 +270,7 @@ impl Store {
             return Err(corrupt());
         }
         let writable = unknown(&fabric.features.read_compatible, READ_COMPATIBLE_KNOWN).is_none();
-        Ok(Store { root, fabric, writable, signing: signed::Signing::default() })
+        Ok(Store { root, fabric, writable, signing: signed::Signing::default(), made: Arc::default() })
     }
 
     /// The directory.

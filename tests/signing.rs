@@ -15,7 +15,7 @@ use envfabric::cache;
 use envfabric::environment::{Digest, EnvName, SecretKey, Version};
 use envfabric::error::Kind;
 use envfabric::mount::{Mounted, Options, mount as mount_store};
-use envfabric::store::{Codec, Index, LayerDoc, Signature, Store, TrustedKeys, sealed};
+use envfabric::store::{Chunks, Codec, Index, LayerDoc, Signature, Store, TrustedKeys, sealed};
 use serde_json::Value;
 
 fn key(n: u8) -> SecretKey {
@@ -488,6 +488,50 @@ fn what_deceives_a_mount_that_trusts_nobody_does_not_deceive_one_that_trusts_key
     assert_eq!(at(&mounted), "name = \"alpha\"\n");
     let stats = envfabric::mount::stats(mounted.mount_point()).unwrap();
     assert_eq!(stats.trusted_keys, [key(OURS).public().text()]);
+    mounted.unmount().unwrap();
+}
+
+#[test]
+fn what_a_mount_that_trusts_nobody_has_compared_is_not_taken_for_compared() {
+    needs_mounts!();
+    let _alone = alone();
+    let signed = Signed::new(Codec::Raw);
+    let (right, wrong) = (noise(700_000, 100), noise(700_000, 999));
+    // A catalog that names the chunks of other bytes for a blob, and the blob with these.
+    let store = signed.store();
+    let alpha = signed.fixture.packages()[0];
+    let doc = store.layer(&alpha).unwrap();
+    let path = signed.fixture.dir.path().join("forged");
+    put(&path, &fs::read(store.catalog_path(&doc.catalog)).unwrap());
+    let db = rusqlite::Connection::open(&path).unwrap();
+    let chunks = Chunks::of(&wrong).to_bytes();
+    let set = "UPDATE chunk SET digests = ?1 WHERE object = ?2";
+    assert_eq!(db.execute(set, (chunks, Digest::of(&right).as_bytes())).unwrap(), 1);
+    drop(db);
+    let bytes = fs::read(&path).unwrap();
+    let catalog = Digest::of(&bytes);
+    put(&store.catalog_path(&catalog), &bytes);
+    let forged = LayerDoc { catalog, catalog_size: bytes.len() as u64, ..doc };
+    put(&store.layer_path(&alpha), &sealed(&forged).unwrap());
+    put(&store.blob_path(&Digest::of(&right)), &wrong);
+
+    let dir = signed.fixture.place("both");
+    let index = Arc::new(Index::open(&dir.join("index"), &store).unwrap());
+    index.layer(&store, &alpha).unwrap();
+    let options = Options {
+        cache: Some(cache::Options { keep_free: 0, ..cache::Options::at(dir.join("cache")) }),
+        cache_always: true,
+        ..Options::at(dir.join("mounted"))
+    };
+    let read =
+        |mounted: &Mounted| fs::read(mounted.mount_point().join("demo/b/.venv").join(SITE).join("alpha/data/big.bin"));
+    let mounted = mount_store(store, index.clone(), &options).unwrap();
+    assert!(read(&mounted).unwrap() == wrong, "the attack is one");
+    mounted.unmount().unwrap();
+    let mounted = mount_store(signed.trusting("both"), index, &options).unwrap();
+    assert_eq!(read(&mounted).unwrap_err().raw_os_error(), Some(libc::EIO));
+    put(&signed.store().blob_path(&Digest::of(&right)), &right);
+    assert!(read(&mounted).unwrap() == right);
     mounted.unmount().unwrap();
 }
 

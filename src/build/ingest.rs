@@ -77,6 +77,9 @@ pub(super) fn ingest(store: &Store, stage: &Stage<'_>) -> Result<StoredInterpret
         created: now(),
     };
     store.publish_interpreter(&stored)?;
+    if store.signer().is_some() {
+        return Ok(stored);
+    }
     // Another builder may have been first, with another uv's scaffold: what is published counts.
     let there = store.interpreters()?.into_iter().find(|i| i.name == stored.name);
     Ok(there.unwrap_or(stored))

@@ -60,7 +60,14 @@ fn print(stats: &mount::Stats, w: &mut dyn Write) -> io::Result<()> {
         };
         ("supervisor", format!("{}, has started {} to serve{ended}", by.supervisor, by.workers))
     });
-    let facts = facts.into_iter().chain(supervised).chain(hangs).map(|(name, text)| vec![name.into(), text]).collect();
+    let keys = (!stats.trusted_keys.is_empty()).then(|| ("believes", stats.trusted_keys.join("\n")));
+    let facts = facts
+        .into_iter()
+        .chain(supervised)
+        .chain(hangs)
+        .chain(keys)
+        .map(|(name, text)| vec![name.into(), text])
+        .collect();
     write!(w, "{}", table(&["SERVED", ""], facts, &[]))?;
 
     let mut requests: Vec<_> = stats.requests.iter().filter(|(_, n)| **n > 0).collect();

@@ -199,6 +199,30 @@ impl Index {
         self.set_summary(&digests, summary)
     }
 
+    /// Takes `docs` for those of their layers, whatever was known of these; summaries that have other ones are forgotten.
+    pub fn correct(&self, docs: Vec<LayerDoc>) -> Result<()> {
+        let digests: Vec<Digest> = docs.iter().map(|doc| doc.digest).collect();
+        let known = self.known(&digests)?;
+        let differs = |doc: &LayerDoc| {
+            let bundle = doc.bundle;
+            known.get(&doc.digest).is_none_or(|known| LayerDoc { bundle, ..LayerDoc::clone(known) } != *doc)
+        };
+        let wrong: Vec<Arc<LayerDoc>> = docs.into_iter().filter(differs).map(Arc::new).collect();
+        self.keep(&wrong)?;
+        for doc in &wrong {
+            self.forget_summary(&doc.digest)?;
+            self.layers.lock().unwrap_or_else(PoisonError::into_inner).insert(doc.digest, doc.clone());
+        }
+        Ok(())
+    }
+
+    /// Forgets in which summary the document of `layer` is.
+    pub fn forget_summary(&self, layer: &Digest) -> Result<()> {
+        let forget = "UPDATE layer SET summary = NULL, summary_size = NULL WHERE digest = ?1";
+        self.db().execute(forget, [layer.as_bytes()]).map_err(|e| self.told(e))?;
+        Ok(())
+    }
+
     fn keep(&self, docs: &[Arc<LayerDoc>]) -> Result<()> {
         let mut db = self.db();
         let transaction = db.transaction().map_err(|e| self.told(e))?;

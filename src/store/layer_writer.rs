@@ -127,7 +127,10 @@ impl<'a> LayerWriter<'a> {
             canon.row(path, &row.node, row.chunks.as_ref());
         }
         let digest = canon.finish();
+        // Who signs what comes of it believes no document that it finds.
+        let believes = self.store.signer().is_none();
         if self.trust == Trust::Length
+            && believes
             && let Ok(doc) = self.store.layer(&digest)
             && self.store.has_objects_of(&doc)
             && self.store.has_layer(&digest)
@@ -150,7 +153,11 @@ impl<'a> LayerWriter<'a> {
             })?;
             // Objects that were there already may have been collected before the document could be seen.
             if self.store.has_layer(&digest) && self.store.bring_back_layer(&digest)? {
-                return self.store.layer(&digest);
+                let there = if believes { self.store.layer(&digest)? } else { doc.clone() };
+                if there == doc {
+                    self.store.has_made(&doc);
+                }
+                return Ok(there);
             }
         }
         Err(super::gc::collected_layer(&digest))

@@ -372,3 +372,54 @@ fn rejected(what: &str, name: &EnvName) -> Error {
 pub fn is_key(text: &str) -> bool {
     text.trim_start().starts_with(PUBLIC)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::environment::Digest;
+
+    fn signed(value: &serde_json::Value) -> (Vec<u8>, EnvName) {
+        let (key, name) = (SecretKey::new(&[7; 32], "").unwrap(), "w/n".parse().unwrap());
+        let bytes = seal::write_with(value, |body| {
+            member(&key.public(), &key.sign(&message(Statement::Pointer, "0123", &name, 5, body)))
+        });
+        (bytes.unwrap(), name)
+    }
+
+    /// Pinned: ed25519 signs the same bytes always the same way, so a change of this digest is a change of the form, and
+    /// makes every signature in every store wrong.
+    #[test]
+    fn the_form_of_a_signed_document_is_pinned() {
+        let (bytes, name) = signed(&serde_json::json!({ "format": 1 }));
+        let (body, key, signature) = split(&bytes).unwrap();
+        assert_eq!(body, b"{\"format\":1");
+        let heading = b"envfabric signed document 1\npointer\n0123\nw/n\n5\n{\"format\":1";
+        assert_eq!(message(Statement::Pointer, "0123", &name, 5, body), heading);
+        assert!(key.has_signed(heading, &signature));
+        assert_eq!(Digest::of(&bytes).to_string(), "61b361e521143fd8fa42bd3914e0d69e42ae37b928ca4015935e05301afa6acd");
+    }
+
+    #[test]
+    fn a_signature_is_found_at_the_end_and_nowhere_else() {
+        let (bytes, _) = signed(&serde_json::json!({ "format": 1 }));
+        let text = String::from_utf8(bytes.clone()).unwrap();
+        let member = &text[text.find(BEFORE).unwrap()..text.find(",\"seal\"").unwrap()];
+        // The words of a signature inside a document are words.
+        let quoted = seal::write(&serde_json::json!({ "name": member, "x": 1 })).unwrap();
+        assert!(split(&quoted).is_none());
+        let twice = signed(&serde_json::json!({ "format": 1, "signed": { "by": "x" } })).0;
+        assert_eq!(split(&twice).unwrap().0, b"{\"format\":1,\"signed\":{\"by\":\"x\"}");
+        for length in 0..bytes.len() {
+            assert!(split(&bytes[..length]).is_none());
+        }
+        // With a right seal, so that what is behind it is looked at.
+        for odd in
+            ["", ",\"signed\":{}", &member.replace("ed25519", "ed25518"), &member.replace('0', "g"), &member[1..]]
+        {
+            let bytes = seal::write_with(&serde_json::json!({ "format": 1 }), |_| odd.as_bytes().to_vec()).unwrap();
+            assert!(split(&bytes).is_none(), "{odd}");
+        }
+        let long = seal::write(&serde_json::json!({ "n": "\u{e4}".repeat(400) })).unwrap();
+        assert!(split(&long).is_none());
+    }
+}

@@ -47,7 +47,10 @@ impl Tree {
             let cache = self.cache.as_ref().ok_or_else(|| {
                 Error::new(Kind::Failed, "a tree of signed versions has no cache, and would show what was not compared")
             })?;
-            self.vouched.learn(store::documents(&cache.document(&object)?)?);
+            let mut docs = store::documents(&cache.document(&object)?)?;
+            // A summary may tell of more, which this version does not speak of.
+            docs.retain(|doc| layers.contains(&doc.digest));
+            self.vouched.learn(docs);
         }
         self.vouched.find(layers).map_err(|layer| {
             let what = format!("nothing that is signed tells what is in layer {}", layer.short());
