@@ -1,8 +1,10 @@
 """A node: one machine's mount of a store, with a cache and a state directory that can be forgotten."""
 
+import contextlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import time
 
@@ -22,6 +24,7 @@ class Node:
         self.dir.mkdir(parents=True, exist_ok=True)
         self.envs, self.cache = self.dir / "envs", self.dir / "cache"
         self.flags = ["--cache", self.cache] if cached else []
+        self.serving = None
         self.env = ctx.env | {
             "ENVFABRIC_STORE": str(store),
             "ENVFABRIC_MOUNT": str(self.envs),
@@ -37,9 +40,11 @@ class Node:
 
     def mount(self, *flags):
         self.fabric("mount", *self.flags, *flags)
+        self.serving = self.stats()["pid"]
 
     def unmount(self):
         """Takes the mount away and waits for its process, which may still have a profile or a ledger to write."""
+        self.serving = None
         if str(self.envs.resolve()) not in nas.mounts_below(self.dir):
             return
         process = None
@@ -86,7 +91,21 @@ class Node:
             time.sleep(0.1)
 
     def held(self):
-        """Bytes on the disk of the cached files, and of all that lies in the cache directory."""
+        """Bytes on the disk of the cached files, and of all that lies in the cache directory, at one moment."""
+        pid = self.serving
+        try:
+            # Files that come and go while others are counted would be counted twice, or not at all.
+            if pid:
+                os.kill(pid, signal.SIGSTOP)
+            return self.count()
+        except ProcessLookupError:
+            return self.count()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                if pid:
+                    os.kill(pid, signal.SIGCONT)
+
+    def count(self):
         files = everything = 0
         for directory, _, names in os.walk(self.cache):
             for name in names:
