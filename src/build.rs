@@ -31,6 +31,7 @@ mod probe;
 mod progress;
 mod python;
 mod record;
+mod repair;
 mod requirements;
 mod scratch;
 mod settings;
@@ -49,9 +50,10 @@ use std::sync::Arc;
 use crate::environment::lock::{Package, Target};
 use crate::environment::{Builder, Conflict, Digest, EnvName, InterpreterRef, VERSION_FORMAT, Version};
 use crate::error::{Error, Kind, Result};
-use crate::store::{Claimed, Index, LayerDoc, Store, StoredInterpreter, host, now};
+use crate::store::{BootTime, Claimed, FRESH, Index, LayerDoc, Store, StoredInterpreter, host, now};
 
 pub use progress::{Event, PackageState, Progress, Silent, Step};
+pub use repair::{Repaired, repair};
 pub use uv::Uv;
 pub use validate::run_trial;
 
@@ -223,8 +225,20 @@ pub enum Outcome {
 /// The input cannot be read or resolved, a wheel is refused, a check fails: [`Kind`] and message say which. The current
 /// version of the environment stays as it is.
 pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
+    match create_once(context, request) {
+        // Found when the version could be seen already: what was lost is built again, which makes it whole.
+        Err(error) if error.kind() == Kind::Collected => {
+            tracing::warn!(error = error.chain(), "built again");
+            create_once(context, &Request { rebuild: true, ..request.clone() })
+        }
+        other => other,
+    }
+}
+
+fn create_once(context: &Context<'_>, request: &Request) -> Result<Created> {
     context.store.require_writable()?;
     context.store.require_signer()?;
+    let begun = BootTime::now();
     let name = &request.name;
     let waiting = || context.progress.event(&Event::Step(Step::Waiting));
     let lock = format!("env-{}", Digest::of(format!("{} {name}", context.store.fabric().id).as_bytes()).short());
@@ -232,7 +246,12 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
 
     let opened = source::open(request, |text| Plan::pylock(context, text))?;
     let asked = request.python.clone().or_else(|| opened.python.clone());
-    let interpreter = python::resolve(context, asked.as_deref(), opened.requires_python.as_deref())?;
+    let resolve = || python::resolve(context, asked.as_deref(), opened.requires_python.as_deref());
+    let mut interpreter = resolve()?;
+    // Collected since it was found: then it is taken in again.
+    if !context.store.has_interpreter(&interpreter) {
+        interpreter = resolve()?;
+    }
     vouch::interpreter(context, &interpreter)?;
     if let Some(platform) = &request.platform {
         python::check_platform(platform, &interpreter.python)?;
@@ -299,8 +318,12 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
         layers: layers.clone(),
         installed,
     };
+    let bundles = context.index.layers(context.store, &all)?;
+    let bundles = bundles.iter().filter_map(|doc| Some(doc.bundle?.object())).collect();
+    let look = |version: &Version| context.store.require_whole(version, &bundles);
     match context.store.current(name) {
         Ok(current) if current.same_content(&draft) && context.store.is_signed_enough(&current) => {
+            look(&current)?;
             return Ok(created(current, Outcome::Unchanged));
         }
         // A current version that cannot be read is no reason not to publish one that can.
@@ -311,7 +334,11 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
         validate(context, &draft, &layers, &interpreter)?;
     }
     context.progress.event(&Event::Step(Step::Publishing));
-    Ok(match context.store.publish_version(draft)? {
+    // What may have gone during a long build is found before anybody can see the version.
+    if begun.elapsed() > FRESH {
+        look(&draft)?;
+    }
+    Ok(match context.store.publish_version_if(draft, look)? {
         Claimed::Current(version) => created(version, Outcome::Published),
         Claimed::Superseded(version, newest) => created(version, Outcome::Superseded(newest)),
     })

@@ -351,6 +351,12 @@ impl Cache {
         scrub::Scrub::default().go_on(&self.inner, u64::MAX);
     }
 
+    /// Lets another process have the directory. What is open here can still be read; what is fetched is not kept.
+    pub fn let_go(&self) {
+        self.settle();
+        *self.inner.lock.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Writes down what is known of the cache's files. Done by itself every few seconds and when the cache is dropped.
     pub fn settle(&self) {
         self.inner.settle();

@@ -11,6 +11,8 @@ mod daemon;
 mod diff;
 mod doctor;
 mod fsck;
+mod gc;
+mod index;
 mod init;
 mod interrupt;
 mod key;
@@ -102,7 +104,10 @@ enum Verb {
     Warm(warm::Warm),
     Profile(profile::Profile),
     Stats(stats::Stats),
+    Gc(gc::Gc),
     Fsck(fsck::Fsck),
+    #[command(subcommand)]
+    Index(index::Index),
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
     Man(completions::Man),
@@ -154,6 +159,11 @@ impl Context {
         let state = self.settings.state()?.to_path_buf();
         let scratch = self.settings.scratch.clone();
         Ok(build::Context { store, index, uv, state, scratch, progress, trial: None })
+    }
+
+    /// Drops this machine's index of `store`, if there is one.
+    fn forget(&self, store: &Store) -> Result<()> {
+        self.settings.state().map_or(Ok(()), |state| Index::forget(state, store))
     }
 
     /// This machine's index of `store`; for a service user without a home, one in memory.
@@ -208,7 +218,10 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
     }
     let store = cli.global.store.filter(|path| !path.as_os_str().is_empty());
     let settings = Settings::load(store, cli.global.config.as_deref(), cli.global.signing)?;
-    let publishes = matches!(cli.verb, Verb::Create(_) | Verb::Rollback(_) | Verb::Remove(_) | Verb::Python(_));
+    let publishes = matches!(
+        cli.verb,
+        Verb::Create(_) | Verb::Rollback(_) | Verb::Remove(_) | Verb::Python(_) | Verb::Gc(_) | Verb::Fsck(_)
+    );
     let context = Context { settings, config: cli.global.config, verbose: cli.global.verbose, publishes, out };
     match cli.verb {
         Verb::Init(verb) => verb.run(&context),
@@ -228,7 +241,9 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
         Verb::Warm(verb) => verb.run(&context),
         Verb::Profile(verb) => verb.run(&context),
         Verb::Stats(verb) => verb.run(&context),
+        Verb::Gc(verb) => verb.run(&context),
         Verb::Fsck(verb) => verb.run(&context),
+        Verb::Index(verb) => verb.run(&context),
         Verb::Doctor(verb) => verb.run(&context),
         Verb::Completions(_) | Verb::Man(_) => Ok(ExitCode::SUCCESS),
     }

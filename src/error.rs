@@ -38,6 +38,8 @@ pub enum Kind {
     /// It is not signed as this machine asks for: unsigned, altered, by a key that is not trusted, or an old statement
     /// where a newer one was seen.
     Rejected,
+    /// What was to be used again was collected meanwhile; it can be built again.
+    Collected,
 }
 
 impl Kind {
@@ -58,7 +60,7 @@ impl Kind {
             Kind::Unsupported => libc::EOPNOTSUPP,
             Kind::Busy => libc::EBUSY,
             Kind::Os(errno) => errno,
-            Kind::Corrupt | Kind::Failed | Kind::TimedOut => libc::EIO,
+            Kind::Corrupt | Kind::Failed | Kind::TimedOut | Kind::Collected => libc::EIO,
             Kind::Interrupted => libc::EINTR,
             Kind::WouldWait => libc::EAGAIN,
             Kind::Rejected => libc::EKEYREJECTED,
@@ -80,6 +82,7 @@ impl Kind {
             Kind::WouldWait => "would-wait",
             Kind::TimedOut => "timed-out",
             Kind::Rejected => "rejected",
+            Kind::Collected => "collected",
         }
     }
 }

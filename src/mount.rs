@@ -11,27 +11,33 @@
 //! open to everybody; and because one day another process will hold it.
 
 mod adapter;
+mod alive;
 mod attach;
+mod kept;
 mod passthrough;
 mod refresh;
 mod replies;
+mod serving;
+mod shift;
 mod stats;
+pub mod supervisor;
 mod table;
 mod trial;
 mod warm;
 
-use std::hash::{BuildHasher, RandomState};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use fuser::{Config, Generation, Session, SessionACL};
+use fuser::{Config, Generation, Notifier, Session, SessionACL};
 use signal_hook::iterator::Signals;
 use tempfile::TempDir;
 
+pub use alive::{Alive, alive};
 pub use attach::{fusermount, preflight, umount};
 pub use passthrough::{NoPassthrough, is_local, obstacle};
-pub use stats::{Memory, Opens, PassthroughUse, Stats, stats};
+pub use stats::{Memory, Opens, PassthroughUse, Stats, Supervised, stats};
 pub use table::{MountInfo, find, mounts};
 pub use trial::{clear_dead_trials, end_trials, profile, trial};
 pub use warm::{Warmed, warm};
@@ -41,10 +47,13 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::patience::{self, Pool};
 use crate::store::{Codec, Index, Store};
 use crate::view::{Mountpoint, Tree};
-use adapter::{Adapter, Spaces};
+use adapter::Adapter;
+use kept::{Kept, Number};
 use passthrough::Passthrough;
 use refresh::Refresher;
 use replies::Shown;
+use serving::{Agreed, Serving, Spaces};
+use shift::Shift;
 use stats::Counters;
 
 /// How to mount.
@@ -129,92 +138,194 @@ pub fn mount(store: Store, index: Arc<Index>, options: &Options) -> Result<Mount
     serve(Tree::new(store, index), options, table::SOURCE, true)
 }
 
-fn serve(tree: Tree, options: &Options, source: &str, records: bool) -> Result<Mounted> {
-    let dir = attach::preflight(&options.mount_point)?;
+/// Which worker of a mount this is, and what it goes on with.
+#[derive(Debug, Clone)]
+struct Tenure {
+    kept: Arc<Kept>,
+    /// Number of the worker; none where no other will go on with the mount.
+    life: Option<u64>,
+    agreed: Agreed,
+    /// Another worker serves, which has the cache: go without, where it is busy.
+    rehearses: bool,
+}
+
+/// A tree with everything that serves it.
+struct Ready {
+    adapter: Adapter,
+    config: Config,
+    tree: Arc<Tree>,
+    refresher: Arc<Refresher>,
+    /// Where the cache is, if it is to go with the mount.
+    temporary: Option<TempDir>,
+    /// What is shown is leased.
+    leases: bool,
+}
+
+/// Threads of a session that serve.
+struct Running {
+    served: Arc<Served>,
+    notifier: Notifier,
+    /// The session's descriptor.
+    number: RawFd,
+}
+
+/// `tree` as `options` say, to be mounted at `dir`.
+fn ready(tree: Tree, options: &Options, dir: &Path, records: bool, tenure: &Tenure) -> Result<Ready> {
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-    if real(&dir).starts_with(real(tree.store().root())) {
+    if tenure.life.is_none_or(|life| life == 1) && real(dir).starts_with(real(tree.store().root())) {
         return Err(Error::new(Kind::Invalid, format!("{} is inside the store that it would show", dir.display()))
             .hint("name a directory outside of the store"));
     }
     attach::raise_open_files();
     let distant = options.distant.unwrap_or_else(|| !is_local(tree.store().root()));
     let tree = if distant { tree.distant(options.patience) } else { tree };
-    let (tree, temporary) =
-        match distant || options.cache_always || tree.store().codec() != Codec::Raw || tree.store().trust().is_some() {
-            true => with_cache(tree, options)?,
-            false => (tree, None),
-        };
+    let caches =
+        distant || options.cache_always || tree.store().codec() != Codec::Raw || tree.store().trust().is_some();
+    let (tree, temporary) = match caches {
+        true if tenure.rehearses => with_cache_if_free(tree, options)?,
+        true => with_cache(tree, options)?,
+        false => (tree, None),
+    };
     // What is read in place is not seen.
     let tree = if records && tree.cache().is_some() { tree.recording() } else { tree };
     // Files of the store, or of the cache.
     let files = tree.cache().map_or_else(|| tree.store().root().to_path_buf(), |cache| cache.dir().to_path_buf());
     let tree = Arc::new(if options.imports { tree } else { tree.without_imports() });
     let refresher = Arc::new(Refresher::default());
-    let obstacle = obstacle(&files, options.passthrough);
+    let obstacle = match obstacle(&files, options.passthrough) {
+        None if tenure.agreed.passthrough == Some(false) => Some(NoPassthrough::MadeWithout),
+        obstacle => obstacle,
+    };
     let try_passthrough = obstacle.is_none();
-    let passthrough = Passthrough::default();
+    let passthrough = Passthrough::new(tenure.kept.clone());
     if let Some(why) = obstacle {
         passthrough.disable(why);
     }
-    let adapter = Adapter::new(adapter::Serving {
+    let threads = options.threads.max(1);
+    let adapter = Adapter::new(Serving {
         tree: tree.clone(),
         refresher: refresher.clone(),
         shown: Shown {
             owner: (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()),
-            // 32 bits are what the kernel keeps; 0 would be everybody's.
-            generation: Generation(RandomState::new().hash_one(&dir) & u64::from(u32::MAX) | 1),
+            generation: Generation(tenure.kept.get(Number::Generation)),
         },
         try_passthrough,
         passthrough,
         counters: Counters::default(),
-        threads: options.threads.max(1),
+        threads,
         waiters: if tree.cache().is_some() { Some(Pool::of_waiters()?) } else { None },
         space: Spaces::default(),
+        agreed: tenure.agreed,
+        shift: Shift::new(tenure.kept.clone(), tenure.life, threads),
     });
     let mut config = Config::default();
     config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
-    config.n_threads = Some(options.threads.max(1));
-    config.clone_fd = true;
+    config.n_threads = Some(threads);
+    // A descriptor that a worker clones dies with it, and what was read through it fails.
+    config.clone_fd = tenure.life.is_none();
+    Ok(Ready { adapter, config, tree, refresher, temporary, leases: records })
+}
 
-    let device = attach::attach(&dir, source, tree.store().root(), options.allow_other)?;
-    let started = (|| {
-        // The kernel's own table, and not stat(): nobody answers yet.
-        let line = table::on_top(&dir)?.filter(|line| table::of_this_program(line).is_some());
-        let line = line.ok_or_else(|| Error::new(Kind::Failed, format!("the mount at {} is gone", dir.display())))?;
-        let at = Mountpoint { path: dir.clone(), dev: line.dev };
-        tree.set_mountpoint(at.clone());
-        let acl = config.acl;
-        let session = Session::from_fd(adapter, device, acl, config).at("serving", &dir)?;
-        let notifier = session.notifier();
+impl Ready {
+    /// Agrees with who is at the other end of `device`, calls `agreed`, and begins to answer.
+    fn answer(&self, device: OwnedFd, dir: &Path, agreed: impl FnOnce()) -> Result<Running> {
+        let session = Session::from_fd(self.adapter.clone(), device, self.config.acl, self.config.clone());
+        let session = session.at("serving", dir)?;
+        agreed();
+        let (notifier, number) = (session.notifier(), session.as_fd().as_raw_fd());
         let served = Arc::new(Served::default());
-        let mounted = Mounted {
-            at,
-            session: served.clone(),
-            refresher: refresher.clone(),
-            tree: tree.clone(),
-            _temporary: temporary,
-        };
+        let end = served.clone();
         let run = move || {
-            served.finish(match session.run() {
+            end.finish(match session.run() {
                 // A request (the release of the last file, say) was just being read when the unmounting ended the
                 // connection; otherwise it is ENODEV, which fuser takes for the end itself. (fs/fuse/dev.c)
                 Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => Ok(()),
                 ended => ended.map_err(|error| error.to_string()),
             })
         };
-        std::thread::Builder::new().name("session".into()).spawn(run).at("serving", &dir)?;
-        if tree.cache().is_some() {
-            let tree = tree.clone();
+        std::thread::Builder::new().name("session".into()).spawn(run).at("serving", dir)?;
+        Ok(Running { served, notifier, number })
+    }
+
+    /// Starts what goes on beside the answers, once it is mounted.
+    fn begin(&self, at: Mountpoint, notifier: Notifier) -> Result<()> {
+        let dir = at.path.clone();
+        self.tree.set_mountpoint(at);
+        if self.tree.cache().is_some() {
+            let tree = self.tree.clone();
             let ahead = move || tree.run_ahead();
             std::thread::Builder::new().name("ahead".into()).spawn(ahead).at("serving", &dir)?;
         }
-        refresh::spawn(refresher, tree, notifier).at("serving", &dir)?;
+        if self.leases {
+            self.tree.hold_leases();
+        }
+        refresh::spawn(self.refresher.clone(), self.tree.clone(), notifier).at("serving", &dir)
+    }
+}
+
+/// Ends what goes on beside the answers, and writes down what is to be known later.
+fn settle(tree: &Tree, refresher: &Refresher) {
+    refresher.end();
+    tree.end();
+    if let Some(cache) = tree.cache() {
+        cache.settle();
+    }
+    tree.publish_profiles(true);
+}
+
+fn serve(tree: Tree, options: &Options, source: &str, records: bool) -> Result<Mounted> {
+    let dir = attach::preflight(&options.mount_point)?;
+    let tenure = Tenure { kept: Arc::new(Kept::new()?), life: None, agreed: Agreed::default(), rehearses: false };
+    let mut ready = ready(tree, options, &dir, records, &tenure)?;
+    let device = attach::attach(&dir, source, ready.tree.store().root(), options.allow_other)?;
+    let started = (|| {
+        let at = mounted_at(&dir)?;
+        // `pyvenv.cfg` needs it at once.
+        ready.tree.set_mountpoint(at.clone());
+        let own = device.try_clone().at("serving", &dir)?;
+        let passthrough = &ready.adapter.passthrough;
+        let begins = || {
+            if passthrough.is_enabled() {
+                passthrough.serve(own)
+            }
+        };
+        let running = ready.answer(device, &dir, begins)?;
+        let mounted = Mounted {
+            at: at.clone(),
+            session: running.served,
+            refresher: ready.refresher.clone(),
+            tree: ready.tree.clone(),
+            _temporary: ready.temporary.take(),
+        };
+        ready.begin(at, running.notifier)?;
         Ok(mounted)
     })();
     if started.is_err() {
         let _ = attach::detach(&dir, true);
     }
     started
+}
+
+/// Our mount at `dir`, by the kernel's own table, and not by stat(): nobody may answer yet.
+fn mounted_at(dir: &Path) -> Result<Mountpoint> {
+    let line = table::on_top(dir)?.filter(|line| table::of_this_program(line).is_some());
+    let line = line.ok_or_else(|| Error::new(Kind::Failed, format!("the mount at {} is gone", dir.display())))?;
+    Ok(Mountpoint { path: dir.to_path_buf(), dev: line.dev })
+}
+
+/// `tree` with a cache as `options` say, if no other process has it.
+fn with_cache_if_free(tree: Tree, options: &Options) -> Result<(Tree, Option<TempDir>)> {
+    // What must be signed is compared in a cache, even for a try.
+    let signed = tree.store().trust().is_some();
+    let Some(keep) = &options.cache else { return if signed { with_cache(tree, options) } else { Ok((tree, None)) } };
+    match Cache::open(keep.clone().for_keys_of(tree.store()), tree.store().clone()) {
+        Ok(cache) => Ok((tree.cached(Arc::new(cache)), None)),
+        Err(error) if error.kind() == Kind::Busy && signed => {
+            with_cache(tree, &Options { cache: None, ..options.clone() })
+        }
+        Err(error) if error.kind() == Kind::Busy => Ok((tree, None)),
+        Err(error) => Err(error),
+    }
 }
 
 /// `tree` with a cache as `options` say; without a word from them in a directory that is gone when the mount is.
@@ -350,12 +461,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        self.refresher.end();
-        self.tree.end();
-        if let Some(cache) = self.tree.cache() {
-            cache.settle();
-        }
-        self.tree.publish_profiles(true);
+        settle(&self.tree, &self.refresher);
         // Once it was unmounted, what is mounted there now is another's, even if it got our device number.
         if !self.session.was_unmounted()
             && let Err(errno) = self.detach(true)

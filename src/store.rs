@@ -13,6 +13,9 @@
 //!   envs/<workflow>/<node>/current/<seq>.json which version is current; the highest sequence number wins; from 2 on
 //!   envs/<workflow>/<node>/profiles/<n>/<seq>.json what first starts of a version read; nothing needs them
 //!   policy/<seq>.json                        who is to sign versions, for those who publish
+//!   leases/<id>.json                         who uses which versions
+//!   trash/<generation>/...                   what was collected lately, under its path; readers look here, too
+//!   quarantine/                              damaged files that were replaced or of no use
 //!   tmp/                                     files that are being written
 //! ```
 //!
@@ -22,21 +25,27 @@
 //! them, documents before pointers, so a reader that follows pointers never meets half of anything. Readers open and
 //! read; they never trust directory times or a `stat` (NFS caches both).
 //!
+//! **Collecting** needs no locks either: see `gc`.
+//!
 //! **What is lost by a crash** is what lies in `tmp/`, nothing else.
 
 mod catalog;
 mod chunks;
+pub mod disk;
 mod environments;
 mod fsck;
+mod gc;
 mod hot;
 mod index;
 mod layer;
 mod layer_writer;
+mod leases;
 mod made;
 mod object;
 mod policy;
 mod profiles;
 mod publish;
+mod repair;
 mod row;
 mod seal;
 mod seen;
@@ -44,6 +53,8 @@ mod signatures;
 mod signed;
 mod spine;
 mod summary;
+mod switching;
+mod trash;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -59,14 +70,18 @@ pub use chunks::{CHUNK_SIZE, Chunks};
 pub(crate) use environments::host;
 pub use environments::{Claimed, Pointer};
 pub use fsck::{Finding, FsckReport, Severity};
-pub use index::Index;
+pub use gc::{Amount, GRACE, GcOptions, GcReport, GcStep, Keep};
+pub(crate) use gc::{BootTime, FRESH};
+pub use index::{Index, Learned};
 pub use layer::{Bundle, Canon, FILE_MTIME, LayerDoc, LayerKind, LayerMeta, Requirement, SMALL_FILE_MAX};
 pub use layer_writer::{LayerWriter, Staged, StagedKind};
+pub use leases::{Lease, LeaseDoc, Leased, STALE as LEASE_STALE};
 pub(crate) use object::REQUEST_MAX;
 pub use object::{Object, ObjectFile, Room, StoredChunks};
 pub use policy::Policy;
 pub use profiles::{Profile, STARTS_ENOUGH, Touched};
 pub use publish::{Named, Tried};
+pub use repair::PutAside;
 pub use row::{Node, Place, Row, RowId};
 pub use signatures::Signatures;
 pub use signed::{KEYS_MAX, Signature, TrustedKeys, is_key};
@@ -174,7 +189,10 @@ impl Store {
             .at("reading", root)?
             .filter_map(|entry| entry.ok())
             .map(|entry| entry.file_name().to_string_lossy().into_owned())
-            .find(|name| !ROOM_NAMES.contains(&name.as_str()) && name != "lost+found");
+            .find(|name| {
+                let name = name.as_str();
+                !ROOM_NAMES.contains(&name) && !LATER_NAMES.contains(&name) && name != "lost+found"
+            });
         if let Some(foreign) = foreign {
             return Err(Error::new(Kind::Invalid, format!("{} is not empty: it has {foreign:?}", root.display()))
                 .hint("name an empty or missing directory for the store"));
@@ -311,32 +329,32 @@ impl Store {
     }
 
     /// Rooms are flat: each level of directories would cost a node that has seen nothing yet one more request an object.
-    fn place(&self, room: &str, name: &str) -> PathBuf {
+    fn in_room(&self, room: &str, name: &str) -> PathBuf {
         self.root.join(room).join(name)
     }
 
     /// Where a blob lies.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.place("blobs", &digest.to_string())
+        self.in_room("blobs", &digest.to_string())
     }
 
     /// Where a pack lies.
     pub fn pack_path(&self, digest: &Digest) -> PathBuf {
-        self.place("packs", &digest.to_string())
+        self.in_room("packs", &digest.to_string())
     }
 
     /// Where a catalog lies.
     pub fn catalog_path(&self, catalog: &Digest) -> PathBuf {
-        self.place("catalogs", &catalog.to_string())
+        self.in_room("catalogs", &catalog.to_string())
     }
 
     /// Where a layer's document lies.
     pub fn layer_path(&self, layer: &Digest) -> PathBuf {
-        self.place("layers", &format!("{layer}.json"))
+        self.in_room("layers", &format!("{layer}.json"))
     }
 
     fn key_path(&self, key: &Digest) -> PathBuf {
-        self.place("keys", &format!("{key}.json"))
+        self.in_room("keys", &format!("{key}.json"))
     }
 
     /// Directory for files that are being written; on the same file system as everything else here.
@@ -367,10 +385,18 @@ impl Store {
             && blobs.into_iter().all(|(blob, size)| is_there(Room::Blobs, blob, size))
     }
 
-    /// True when the documents of all `layers` are there.
+    /// True when the documents of all `layers` are there, to be used for something new.
     pub(crate) fn has_layers(&self, layers: &[Digest]) -> bool {
+        in_parallel(layers, |layer| self.has_layer(layer)).into_iter().all(|there| there)
+    }
+
+    /// True when the document of `layer` is in its place, to be used for something new; then what it names is there, too.
+    pub(super) fn has_layer(&self, layer: &Digest) -> bool {
         // The open is what revalidates on NFS.
-        in_parallel(layers, |layer| fs::File::open(self.layer_path(layer)).is_ok()).into_iter().all(|there| there)
+        match self.open_young(&self.layer_path(layer)) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => self.bring_back_layer(layer).unwrap_or(false),
+            opened => opened.is_ok(),
+        }
     }
 
     /// True when the blob of `document` is there, as far as its length tells.
@@ -397,8 +423,8 @@ impl Store {
     /// A layer's document.
     pub fn layer(&self, layer: &Digest) -> Result<LayerDoc> {
         let path = self.layer_path(layer);
-        let doc: LayerDoc =
-            read_json(&path).map_err(|e| e.context(format!("layer {} cannot be read", layer.short())))?;
+        let read = self.read_anywhere(&path).and_then(|bytes| parse(&path, &bytes));
+        let doc: LayerDoc = read.map_err(|e| e.context(format!("layer {} cannot be read", layer.short())))?;
         if doc.digest != *layer {
             return Err(Error::new(Kind::Corrupt, format!("{} describes another layer", path.display()))
                 .hint("run `envfabric fsck`"));
@@ -414,7 +440,20 @@ impl Store {
     /// Opens the catalog of the layer with this document.
     pub fn catalog_of(&self, doc: &LayerDoc) -> Result<Catalog> {
         match self.codec() {
-            Codec::Raw => Catalog::open(&self.catalog_path(&doc.catalog), &doc.digest),
+            Codec::Raw => {
+                let path = self.catalog_path(&doc.catalog);
+                let mut there = path.clone();
+                for _ in 0..trash::LOOKS {
+                    match Catalog::open(&there, &doc.digest) {
+                        // It is opened by its name, more than once: it may have moved to the trash, or back, in between.
+                        Err(_) if fs::File::open(&there).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) => {
+                            there = self.open_anywhere(&path).at("opening", &path)?.1;
+                        }
+                        other => return other,
+                    }
+                }
+                Catalog::open(&there, &doc.digest)
+            }
             Codec::Zstd => {
                 let object = doc.catalog_object();
                 Catalog::of_bytes(ObjectFile::open(self, &object)?.read()?, &self.object_path(&object), &doc.digest)
@@ -424,10 +463,24 @@ impl Store {
 
     /// The layer that a key stands for, if one was built and is there.
     pub fn layer_of_key(&self, key: &Digest) -> Result<Option<Digest>> {
-        match read_json::<KeyDoc>(&self.key_path(key)) {
+        let path = self.key_path(key);
+        match read_json::<KeyDoc>(&path) {
             Ok(doc) => Ok(Some(doc.layer)),
-            Err(error) if error.is_not_found() => Ok(None),
+            // One that was collected lately saves a build.
+            Err(error) if error.is_not_found() => match self.bring_back(&self.below(&path)) {
+                Ok(true) => read_json::<KeyDoc>(&path).map(|doc| Some(doc.layer)),
+                _ => Ok(None),
+            },
             Err(error) => Err(error),
+        }
+    }
+
+    /// The same, of a key that may lie in the trash.
+    fn layer_of_key_anywhere(&self, key: &Digest) -> Result<Option<Digest>> {
+        let path = self.key_path(key);
+        match self.read_anywhere(&path).and_then(|bytes| parse::<KeyDoc>(&path, &bytes)) {
+            Err(error) if error.is_not_found() => Ok(None),
+            other => Ok(Some(other?.layer)),
         }
     }
 
@@ -462,13 +515,26 @@ impl Store {
         Ok(found)
     }
 
+    fn interpreter_path(&self, interpreter: &StoredInterpreter) -> PathBuf {
+        self.root.join("interpreters").join(format!("{}.json", interpreter.name))
+    }
+
+    /// True when an interpreter of the store is there with its layers, to be used for something new.
+    pub(crate) fn has_interpreter(&self, interpreter: &StoredInterpreter) -> bool {
+        self.reuse(&self.interpreter_path(interpreter)).is_ok()
+            && self.has_layers(&[interpreter.layer, interpreter.scaffold])
+    }
+
     /// Publishes an interpreter; one with the same name is the same interpreter and stays.
     pub fn publish_interpreter(&self, interpreter: &StoredInterpreter) -> Result<()> {
         self.require_writable()?;
-        let path = self.root.join("interpreters").join(format!("{}.json", interpreter.name));
+        let path = self.interpreter_path(interpreter);
         publish::bytes(&self.root, &path, &to_json(interpreter)?).map(|_| ())
     }
 }
+
+/// Directories that a store gets when there is something for them.
+const LATER_NAMES: [&str; 3] = ["leases", "trash", "quarantine"];
 
 /// Directories of a store.
 const ROOM_NAMES: [&str; 9] = ["blobs", "packs", "catalogs", "layers", "keys", "interpreters", "envs", "policy", "tmp"];
@@ -489,11 +555,11 @@ pub fn now() -> Timestamp {
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    read_document(path, &publish::read(path)?)
+    parse(path, &publish::read(path)?)
 }
 
-/// The value of the document at `path` with these bytes.
-fn read_document<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
+/// What the document at `path` with these bytes says.
+fn parse<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
     seal::read(bytes).map_err(|why| {
         let hint = "run `envfabric fsck` to see what is affected";
         match why {

@@ -1,5 +1,6 @@
 //! The only `unsafe` of the program: what must be done between `fork` and `exec` of a child, taking ownership of a
-//! descriptor, asking a file system that may never answer, and settings of memory.
+//! descriptor, asking a file system that may never answer, settings of memory, memory that processes share, and calls
+//! to the FUSE device that `fuser` does not offer.
 //!
 //! The closure given to `pre_exec` runs in a copy of a process that may have had many threads, so it may only make
 //! system calls: everything it needs (C strings, texts) is prepared before.
@@ -8,13 +9,16 @@
 
 use std::ffi::{CStr, CString};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
+use fuser::{FileHandle, FopenFlags, ReplyOpen};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// The version of the glibc that this process runs with, `2.36`; none for a build without glibc, which cannot tell what
@@ -57,12 +61,21 @@ pub(crate) fn few_heaps(arenas: i32) {
     let _ = arenas;
 }
 
-/// Takes ownership of a descriptor that was just received through a socket and is known to nobody else.
+/// Lets this thread run when others have little to do. Where the system does not allow it, it runs as before.
+pub(crate) fn give_way() {
+    // SAFETY: of numbers alone; 0 is the calling thread (Linux counts niceness by thread).
+    unsafe {
+        libc::setpriority(libc::PRIO_PROCESS, 0, 10);
+    }
+}
+
+/// Takes ownership of a descriptor that was just received, through a socket or from who started this program, and is
+/// known to nobody else.
 pub(crate) fn own(descriptor: RawFd) -> io::Result<OwnedFd> {
     if descriptor < 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
     }
-    // SAFETY: SCM_RIGHTS made the descriptor for this process; the only caller passes it on at once and once.
+    // SAFETY: SCM_RIGHTS, accept or a service manager made the descriptor for this process; callers pass it on once.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
@@ -159,6 +172,92 @@ unsafe fn ask<const MOST: usize>(dir: &OwnedFd, pipe: &OwnedFd, name: &CStr, use
         }
         libc::_exit(0)
     }
+}
+
+/// Words at the beginning of a file in memory, which every process that maps them sees change.
+#[derive(Debug)]
+pub(crate) struct SharedWords {
+    at: NonNull<libc::c_void>,
+    words: usize,
+}
+
+// SAFETY: the mapping stays as long as the value does, belongs to no thread, and is only reached through atomics.
+unsafe impl Send for SharedWords {}
+// SAFETY: as above.
+unsafe impl Sync for SharedWords {}
+
+impl SharedWords {
+    /// Maps the first `words` words of `file`, which must be that long and must never be cut.
+    pub(crate) fn map(file: &impl AsFd, words: usize) -> io::Result<SharedWords> {
+        let length = words * size_of::<AtomicU64>();
+        if nix::sys::stat::fstat(file)?.st_size < length as libc::off_t {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let (access, number) = (libc::PROT_READ | libc::PROT_WRITE, file.as_fd().as_raw_fd());
+        // SAFETY: a new mapping at an address that the kernel chooses; the result is checked.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), length, access, libc::MAP_SHARED, number, 0) };
+        match NonNull::new(at).filter(|at| at.as_ptr() != libc::MAP_FAILED) {
+            Some(at) => Ok(SharedWords { at, words }),
+            None => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// The words.
+    pub(crate) fn get(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping is page-aligned and as long as that; every bit pattern is a word.
+        unsafe { std::slice::from_raw_parts(self.at.as_ptr().cast::<AtomicU64>(), self.words) }
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        // SAFETY: it was mapped with this length, and no reference outlives `self`.
+        unsafe {
+            libc::munmap(self.at.as_ptr(), self.words * size_of::<AtomicU64>());
+        }
+    }
+}
+
+/// Puts what `file` is in the place of the open descriptor `number`, which somebody else owns and goes on using: calls
+/// that begin from now on concern `file`.
+pub(crate) fn put_in_place(file: &impl AsFd, number: RawFd) -> io::Result<()> {
+    // SAFETY: the number stays open and owned by whoever owns it; what it meant before is closed by the kernel.
+    check(unsafe { libc::dup3(file.as_fd().as_raw_fd(), number, libc::O_CLOEXEC) })
+}
+
+/// Magic number of the ioctls of `/dev/fuse`. (include/uapi/linux/fuse.h)
+const FUSE_MAGIC: u8 = 229;
+
+mod ioctls {
+    use super::FUSE_MAGIC;
+    nix::ioctl_read!(fuse_clone, FUSE_MAGIC, 0, u32);
+    nix::ioctl_write_ptr!(fuse_backing_close, FUSE_MAGIC, 2, u32);
+}
+
+/// A descriptor of its own for the connection of `device`: requests that were read through it end with it.
+pub(crate) fn clone_fuse_device(device: &impl AsFd) -> io::Result<OwnedFd> {
+    let clone = std::fs::File::options().read(true).write(true).open("/dev/fuse")?;
+    let mut number = device.as_fd().as_raw_fd() as u32;
+    // SAFETY: both are open, and the ioctl reads one word.
+    unsafe { ioctls::fuse_clone(clone.as_raw_fd(), &mut number) }?;
+    Ok(clone.into())
+}
+
+/// Lets go of a file that the kernel reads by itself under number `id`. One that it does not have is no error.
+pub(crate) fn close_backing(device: BorrowedFd<'_>, id: u32) -> io::Result<()> {
+    // SAFETY: the descriptor is open, and the ioctl reads one word.
+    match unsafe { ioctls::fuse_backing_close(device.as_raw_fd(), &id) } {
+        Ok(_) | Err(nix::Error::ENOENT) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Answers an open with passthrough to the file that the kernel has under number `id`, and leaves the number open.
+pub(crate) fn reply_passthrough(reply: ReplyOpen, handle: FileHandle, id: u32) {
+    // SAFETY: the number is open and of this connection; it is not closed here, because `into_raw` gives it back.
+    let backing = unsafe { reply.wrap_backing(id) };
+    reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
+    let _ = backing.into_raw();
 }
 
 /// How a child differs from its parent.

@@ -27,6 +27,8 @@ mod bytes;
 mod documents;
 mod imports;
 mod inode;
+mod keys;
+mod leases;
 mod listing;
 mod loading;
 mod lru;
@@ -58,9 +60,13 @@ use crate::error::{Error, Kind, Result};
 use crate::store::{Catalog, Index, LayerDoc, LayerKind, Node, Place, Row, RowId, ScannedKind, Store};
 use attrs::{lasting_dir, lasting_file, moving_dir, row_attr};
 use bytes::{Location, Objects};
+pub use keys::Logs;
+use keys::NameKey;
+use leases::Leases;
 use lru::Lru;
 use merge::{Child, Content, MergedDir};
 use names::{Age, Names};
+pub use slots::Log;
 use slots::Slots;
 use starts::Starts;
 pub use starts::Warming;
@@ -204,6 +210,7 @@ pub struct Tree {
     /// Packs of which the part that programs need was asked for.
     begun: Lru<crate::store::Object, ()>,
     starts: Starts,
+    leases: Arc<Leases>,
     /// Note what starts read, for the profiles of versions.
     records: bool,
     told: Mutex<HashSet<String>>,
@@ -213,12 +220,6 @@ pub struct Tree {
 
 /// Names as [`Names`] tells them, and the entries made of them.
 type NamedEntries = (Arc<Vec<String>>, Arc<Vec<DirEntry>>);
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum NameKey {
-    Workflow(String),
-    Node(EnvName),
-}
 
 impl Tree {
     /// Everything in `store`.
@@ -253,10 +254,32 @@ impl Tree {
             cache: None,
             begun: Lru::new(LOCATIONS_MAX / 16),
             starts: Starts::default(),
+            leases: Arc::default(),
             records: false,
             told: Mutex::default(),
             vouched: vouched::Vouched::default(),
         }
+    }
+
+    /// The same, going on with what earlier processes have told of it.
+    pub fn kept(self, logs: Logs) -> Tree {
+        self.names.go_on(Slots::kept(logs.current));
+        let Logs { layers, versions, names, .. } = logs;
+        Tree {
+            layer_slots: Slots::kept(layers),
+            version_slots: Slots::kept(versions),
+            name_slots: Slots::kept(names),
+            ..self
+        }
+    }
+
+    /// Sees whether the store can be read, as far as that is needed to begin.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn prove(&self) -> Result<()> {
+        self.store.require_present()?;
+        self.attr(Ino::ROOT).map(drop)
     }
 
     /// The same with what this node keeps of the store.
@@ -542,7 +565,13 @@ impl Tree {
     }
 
     fn layers(&self, view: &VersionView) -> Result<Arc<Layers>> {
-        view.layers(|digests, summaries| self.layer_docs(digests, summaries), |digest| self.layer_slots.ensure(digest))
+        view.layers(
+            |digests, summaries| {
+                self.leases.show(view.slot);
+                self.layer_docs(digests, summaries)
+            },
+            |digest| self.layer_slots.ensure(digest),
+        )
     }
 
     fn version(&self, slot: u32) -> Result<Arc<VersionView>> {

@@ -14,8 +14,11 @@ use std::thread;
 
 use common::*;
 use envfabric::cache::{Cache, Options, Whole};
+use envfabric::mount::supervisor::status;
 use envfabric::mount::{stats, umount};
 use envfabric::store::{Chunks, Object, Room};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// The program, with a mount that goes when this does.
 struct Program {
@@ -45,16 +48,22 @@ impl Program {
         program
     }
 
+    /// Kills who serves and who would replace it.
     fn kill(&mut self) {
-        self.child.kill().unwrap();
+        let worker = status(&self.mount_point).ok().flatten().and_then(|status| status.worker);
+        let _ = self.child.kill();
         self.child.wait().unwrap();
+        if let Some(worker) = worker {
+            let _ = kill(Pid::from_raw(worker as i32), Signal::SIGKILL);
+            let exe = PathBuf::from(format!("/proc/{worker}/exe"));
+            until("the worker is gone", || fs::read_link(&exe).is_err());
+        }
     }
 }
 
 impl Drop for Program {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.kill();
         let _ = umount(&self.mount_point, true);
     }
 }

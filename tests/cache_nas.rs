@@ -278,6 +278,29 @@ fn who_goes_through_a_file_is_read_ahead_for_and_who_jumps_is_not() {
 }
 
 #[test]
+fn what_is_queued_ahead_of_readers_is_fetched_at_once_when_one_comes() {
+    let _alone = needs_nas!();
+    let world = World::new(Codec::Raw);
+    let object = |seed| {
+        let bytes = noise(64 * CHUNK_SIZE as usize, seed);
+        let digest = world.fixture.store.ensure_blob(&bytes).unwrap();
+        (Object { room: Room::Blobs, digest, size: bytes.len() as u64 }, bytes)
+    };
+    let [(hanging, hanging_bytes), (wanted, bytes)] = [21, 22].map(object);
+    let options = cache::Options { keep_free: 0, ..cache::Options::at(world.fixture.place("queue")) };
+    let cache = Cache::open(options, world.store()).unwrap();
+    // As much as all threads that bring bytes ahead of readers can wait for.
+    cache.read(&hanging, || Ok(Chunks::of(&hanging_bytes)), 0, 1).unwrap();
+    world.nas.command(&format!("hang blobs/{}", hanging.digest));
+    cache.ask_ahead(&hanging, || unreachable!(), 8, 64, usize::MAX).unwrap();
+    cache.ask_ahead(&wanted, || Ok(Chunks::of(&bytes)), 0, 64, usize::MAX).unwrap();
+    let read = cache.read(&wanted, || unreachable!(), 40 * CHUNK_SIZE, 4096).unwrap();
+    assert!(read == bytes[40 * CHUNK_SIZE as usize..][..4096]);
+    world.nas.command("heal");
+    until("all that was asked for is here", || cache.stats().unpacked_bytes >= (56 + 64) * CHUNK_SIZE);
+}
+
+#[test]
 fn a_whole_file_is_passed_through_as_soon_as_no_other_handle_of_it_is_open() {
     let _alone = needs_nas!();
     let mut world = World::new(Codec::Zstd);

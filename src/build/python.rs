@@ -234,27 +234,36 @@ fn at_path(context: &Context<'_>, path: &Path) -> Result<StoredInterpreter> {
     let _lock = scratch::lock(&context.state, [name], || context.progress.event(&Event::Step(Step::Waiting)))?;
     let stored = match known(context, &executable)? {
         Some(stored) => stored,
-        None => {
-            let scratch = Scratch::new(&context.scratch)?;
-            let python = provisional(&brief);
-            let stage = Stage {
-                uv: context.uv,
-                executable: &executable,
-                python: &python,
-                scratch: scratch.path(),
-                options: &[],
-                variables: &[],
-                base: Path::new("/"),
-                progress: context.progress,
-            };
-            ingest::ingest(context.store, &stage)?
-        }
+        None => take_in(context, &executable, &brief)?,
     };
     for path in [path, &executable] {
         context.index.set_note(&path_note(path), &format!("{} {}", fingerprint(path)?, stored.name))?;
     }
     context.index.set_note(&origin_note(&stored), &executable.to_string_lossy())?;
     Ok(stored)
+}
+
+fn take_in(context: &Context<'_>, executable: &Path, brief: &Brief) -> Result<StoredInterpreter> {
+    let scratch = Scratch::new(&context.scratch)?;
+    let python = provisional(brief);
+    let stage = Stage {
+        uv: context.uv,
+        executable,
+        python: &python,
+        scratch: scratch.path(),
+        options: &[],
+        variables: &[],
+        base: Path::new("/"),
+        progress: context.progress,
+    };
+    ingest::ingest(context.store, &stage)
+}
+
+/// The interpreter at `origin`, which was taken in before, taken in once more; what the store has of it is repaired.
+pub(super) fn ingest_again(context: &Context<'_>, origin: &Path) -> Result<StoredInterpreter> {
+    let brief = probe::brief(origin)?;
+    brief.check(origin)?;
+    take_in(context, origin, &brief)
 }
 
 /// The interpreter of the store that the unchanged file at `path` is known to be; starts nothing.

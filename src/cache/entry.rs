@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::fetch::{AT_ONCE, Arrived};
-use super::state::{Failure, InMemory, State, Unit};
+use super::state::{Failure, InMemory, Queued, State, Unit, Work};
 use super::units::{Known, Units};
 use super::{Inner, Key, lock};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -179,14 +179,17 @@ impl Entry {
             self.set_off(inner, &known, ahead, &Order::AHEAD);
             return Ok(found);
         }
+        let hastened = state.hasten(&wanted);
         if !patience::may_wait() {
             let runs = state.ask(wanted.clone());
             drop(state);
+            ask_now(hastened);
             self.set_off(inner, &known, runs, &Order::of(&wanted));
             return Err(patience::would_wait());
         }
         state.expect(wanted.clone());
         drop(state);
+        ask_now(hastened);
         let found = self.wait(inner, &known, &wanted);
         let mut state = lock(&self.state);
         state.expect_no_more(wanted.clone());
@@ -289,8 +292,9 @@ impl Entry {
         // Whatever becomes of the question, also if it is never asked.
         let mut landing = Landing { entry: self.clone(), units: run.clone().collect() };
         let (inner, known, order) = (inner.clone(), known.clone(), order.clone());
-        let under_way = (!order.is_for(&run)).then(|| inner.ahead.begin());
-        let asked = patience::BYTES.ask(move || {
+        let (units, is_awaited) = (run.clone(), order.is_for(&run));
+        let under_way = (!is_awaited).then(|| inner.ahead.begin());
+        let work: Work = Box::new(move || {
             let _under_way = under_way;
             let entry = landing.entry.clone();
             // It may have queued for long.
@@ -325,8 +329,24 @@ impl Entry {
                 }
             });
         });
-        if let Err(error) = asked {
+        if is_awaited {
+            return ask_now(vec![work]);
+        }
+        let queued = Queued::new(work);
+        let mut state = lock(&self.state);
+        if state.is_expected(&units) {
+            drop(state);
+            return ask_now(queued.take().into_iter().collect());
+        }
+        state.queue(units, queued.clone());
+        drop(state);
+        let ask = patience::AHEAD.ask({
+            let queued = queued.clone();
+            move || queued.take().into_iter().for_each(|work| work())
+        });
+        if let Err(error) = ask {
             tracing::debug!(error = error.chain(), "not asked");
+            drop(queued.take());
         }
     }
 
@@ -433,6 +453,15 @@ impl Drop for Landing {
         if !self.units.is_empty() {
             let what = format!("{}: a question to the store broke off", label(self.entry.key));
             self.entry.fail(std::mem::take(&mut self.units), Kind::Failed, &what);
+        }
+    }
+}
+
+/// Has `work` done that somebody waits for. Not while a state is held: what is not even asked fails at once.
+fn ask_now(work: Vec<Work>) {
+    for work in work {
+        if let Err(error) = patience::BYTES.ask(work) {
+            tracing::debug!(error = error.chain(), "not asked");
         }
     }
 }

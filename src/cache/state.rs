@@ -8,10 +8,11 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::fetch::AT_ONCE;
+use super::lock;
 use super::units::Known;
 use crate::error::Kind;
 
@@ -60,6 +61,34 @@ impl Flight {
     }
 }
 
+/// What fetches units.
+pub(super) type Work = Box<dyn FnOnce() + Send>;
+
+/// Units whose fetching has not begun, as nobody waits for them; none any more once it has.
+#[derive(Clone)]
+pub(super) struct Queued(Arc<Mutex<Option<Work>>>);
+
+impl std::fmt::Debug for Queued {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Queued")
+    }
+}
+
+impl Queued {
+    pub(super) fn new(work: Work) -> Queued {
+        Queued(Arc::new(Mutex::new(Some(work))))
+    }
+
+    /// What is to be done, for one who does it.
+    pub(super) fn take(&self) -> Option<Work> {
+        lock(&self.0).take()
+    }
+
+    fn is_waiting(&self) -> bool {
+        lock(&self.0).is_some()
+    }
+}
+
 /// Why a unit did not come, and when.
 #[derive(Debug)]
 pub(super) struct Failure {
@@ -98,6 +127,7 @@ pub(super) struct State {
     pub(super) sealed: bool,
     pub(super) failed: HashMap<usize, Failure>,
     flights: Vec<Flight>,
+    queued: Vec<(Range<usize>, Queued)>,
     pub(super) expected: HashMap<usize, Expected>,
     /// Readers that go through the object, the one that went on last first: whoever maps a library goes through its
     /// relocations and what they change at the same time.
@@ -139,6 +169,23 @@ impl State {
             at += run.max(1);
         }
         runs
+    }
+
+    /// True when somebody waits for some of `units`.
+    pub(super) fn is_expected(&self, units: &Range<usize>) -> bool {
+        self.expected.keys().any(|at| units.contains(at))
+    }
+
+    /// Remembers that `units` are queued.
+    pub(super) fn queue(&mut self, units: Range<usize>, work: Queued) {
+        self.queued.retain(|(_, queued)| queued.is_waiting());
+        self.queued.push((units, work));
+    }
+
+    /// What is queued and brings some of `wanted`, which now somebody waits for.
+    pub(super) fn hasten(&mut self, wanted: &Range<usize>) -> Vec<Work> {
+        let concerns = |units: &Range<usize>| units.start < wanted.end && wanted.start < units.end;
+        self.queued.iter().filter(|(units, _)| concerns(units)).filter_map(|(_, queued)| queued.take()).collect()
     }
 
     /// Notes that something came of the flight that has unit `at`.

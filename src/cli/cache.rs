@@ -34,7 +34,7 @@ pub(crate) fn size(text: &str) -> std::result::Result<ByteSize, String> {
 }
 
 /// A time as people write it, `30s`.
-fn time(text: &str) -> std::result::Result<SignedDuration, String> {
+pub(crate) fn time(text: &str) -> std::result::Result<SignedDuration, String> {
     let wrong = || format!("{text:?} is not a time: write for example 30s or 2m");
     let time: SignedDuration = text.parse().map_err(|_| wrong())?;
     if time.is_positive() { Ok(time) } else { Err(wrong()) }

@@ -4,30 +4,36 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use super::Context;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::mount::{self, MountInfo};
+use crate::mount::{self, Alive, MountInfo, alive};
 use crate::store::Store;
 
 /// Where all of `store` is mounted: at `preferred`, or else anywhere.
 pub(super) fn mount_of(store: &Store, preferred: &Path) -> Result<Option<PathBuf>> {
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     let of_store = |mount: &MountInfo| real(&mount.store) == real(store.root());
-    if mount::find(preferred)?.is_some_and(|mount| of_store(&mount)) && !is_dead(preferred) {
-        return Ok(Some(preferred.to_path_buf()));
+    if mount::find(preferred)?.is_some_and(|mount| of_store(&mount)) {
+        match alive(preferred, ANSWERS) {
+            Alive::Answers => return Ok(Some(preferred.to_path_buf())),
+            Alive::Silent => {
+                let what = format!("the mount at {} has not answered for {} s", preferred.display(), ANSWERS.as_secs());
+                return Err(Error::new(Kind::TimedOut, what)
+                    .hint("its process is stopped, or its store hangs; `envfabric doctor` tells more"));
+            }
+            Alive::Dead => {}
+        }
     }
     let mut others = mount::mounts()?.into_iter().filter(|mount| mount.root == Path::new("/") && of_store(mount));
     // A dead one may seem to exist for as long as the kernel keeps its attributes.
-    let usable = |mount: &MountInfo| !is_dead(&mount.mount_point) && mount.mount_point.exists();
+    let usable = |mount: &MountInfo| alive(&mount.mount_point, ANSWERS) == Alive::Answers && mount.mount_point.exists();
     Ok(others.find(usable).map(|mount| mount.mount_point))
 }
 
-/// True when the process that served the mount at `dir` is gone.
-pub(super) fn is_dead(dir: &Path) -> bool {
-    // `statfs` is always asked of the server; attributes may be answered from the kernel's memory for a while.
-    nix::sys::statvfs::statvfs(dir).is_err_and(|errno| is_disconnected(&errno.into()))
-}
+/// How long a mount may take to answer; another process may just begin to serve it.
+pub(super) const ANSWERS: Duration = Duration::from_secs(5);
 
 /// True for what calls into a mount say whose server is gone.
 pub(super) fn is_disconnected(error: &std::io::Error) -> bool {
@@ -47,7 +53,7 @@ pub(crate) fn start_daemon(context: &Context, dir: &Path, flags: &[String]) -> R
     if mount_of(&store, dir)?.is_some_and(|at| at == dir) {
         return Ok(None);
     }
-    if is_dead(dir) && mount::find(dir)?.is_some() {
+    if mount::find(dir)?.is_some() && alive(dir, ANSWERS) == Alive::Dead {
         context.out.say(format_args!("the process that served {} is gone; mounting anew", dir.display()));
         mount::umount(dir, true)?;
     }

@@ -16,7 +16,7 @@ use super::cache::CacheFlags;
 use super::output::{bytes, table};
 use crate::build::Uv;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::mount;
+use crate::mount::{self, Alive, alive, supervisor};
 use crate::patience::within;
 use crate::store::{Codec, Store};
 use nas::PATIENCE;
@@ -128,7 +128,7 @@ fn ask_apart(terminal: bool) -> Result<Report> {
 
 fn look(context: &Context) -> Report {
     let settings = &context.settings;
-    let mut checks = vec![kernel(), fuse()];
+    let mut checks = vec![kernel(), survival(), fuse()];
     checks.extend(fusermount());
     let uv = Uv::new(settings.config.uv.clone());
     let found = uv.path().and_then(|path| Ok(format!("{} ({})", uv.version()?, path.display())));
@@ -151,7 +151,8 @@ fn look(context: &Context) -> Report {
     }
     checks.push(scratch(&settings.scratch));
     let (at, of) = (settings.mount.clone(), store.clone());
-    let found = within(PATIENCE, move || Ok(mounted(&at, of.as_ref())));
+    let given_up = super::mount::given_up(context, &at);
+    let found = within(PATIENCE * 3, move || Ok(mounted(&at, of.as_ref(), given_up)));
     checks.push(found.unwrap_or_else(|error| Check::of("mount", Err::<(), _>(error), |()| String::new())));
     if let Some(store) = store {
         let flags = CacheFlags::default();
@@ -277,17 +278,68 @@ fn scratch(dir: &Path) -> Check {
     }
 }
 
-fn mounted(at: &Path, store: Option<&Store>) -> Check {
-    if super::daemon::is_dead(at) {
-        return Check::new(
-            "mount",
-            State::Bad,
-            format!("{} is dead: the process that served it is gone", at.display()),
+/// How a supervised mount does, in a line.
+fn supervision(status: &supervisor::Status) -> String {
+    let mut told = format!("supervised by process {}", status.supervisor);
+    match status.worker {
+        Some(worker) => told.push_str(&format!(", served by {worker}")),
+        None => told.push_str(", another process is being started to serve it"),
+    }
+    if status.deaths > 0 {
+        let last = status.last_death.as_deref().unwrap_or("nothing is known of the last");
+        told.push_str(&format!("; {} have ended before, the last one: {last}", status.deaths));
+    }
+    if status.poisoned > 0 {
+        told.push_str(&format!("; {} requests were given up", status.poisoned));
+    }
+    told
+}
+
+/// What this kernel does for who uses a mount whose process ends.
+fn survival() -> Check {
+    const NAME: &str = "survival";
+    match release().1 {
+        true => {
+            Check::new(NAME, State::Ok, "when the process that serves a mount ends, the next answers what it was asked")
+        }
+        false => Check::new(
+            NAME,
+            State::Note,
+            "when the process that serves a mount crashes, what it was asked fails with an error",
         )
-        .hint(format!("envfabric umount {0}; envfabric mount {0}", at.display()));
+        .hint("later calls work, and --replace disturbs nobody; from Linux 6.9 on crashes disturb nobody either"),
+    }
+}
+
+fn mounted(at: &Path, store: Option<&Store>, given_up: Option<String>) -> Check {
+    const NAME: &str = "mount";
+    let here = mount::find(at).ok().flatten();
+    match here.as_ref().map(|_| alive(at, super::daemon::ANSWERS)) {
+        Some(Alive::Dead) => {
+            let why = given_up.map_or("the process that served it is gone".into(), |words| words);
+            return Check::new(NAME, State::Bad, format!("{} is dead: {why}", at.display()))
+                .hint(format!("envfabric umount {0}; envfabric mount {0}", at.display()));
+        }
+        Some(Alive::Silent) => {
+            let told = match supervisor::status(at) {
+                Ok(Some(status)) => supervision(&status),
+                _ => "nobody replaces its process".into(),
+            };
+            return Check::new(NAME, State::Bad, format!("{} does not answer; {told}", at.display()))
+                .hint("its process is stopped or its store hangs; `envfabric umount --lazy` lets go of it");
+        }
+        Some(Alive::Answers) | None => {}
     }
     match store.map(|store| super::daemon::mount_of(store, at)).transpose() {
-        Ok(Some(Some(found))) => Check::new("mount", State::Ok, found.display().to_string()),
+        Ok(Some(Some(found))) => match supervisor::status(&found) {
+            Ok(Some(status)) => {
+                let state = if status.failures > 0 { State::Note } else { State::Ok };
+                let facts = serde_json::to_value(&status).unwrap_or_default();
+                Check::new(NAME, state, format!("{}; {}", found.display(), supervision(&status)))
+                    .fact("supervision", facts)
+            }
+            _ => Check::new(NAME, State::Ok, found.display().to_string()),
+        },
         Ok(_) => Check::new("mount", State::Note, format!("{} is not mounted", at.display()))
             .hint("`envfabric mount`; `run` and `shell` do it by themselves"),
         Err(error) => Check::new("mount", State::Bad, error.chain()),

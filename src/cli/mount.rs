@@ -1,25 +1,30 @@
 //! `envfabric mount` and `envfabric umount`
 
+use std::cell::Cell;
+use std::ffi::OsString;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use jiff::SignedDuration;
 
 use super::Context;
 use super::cache::CacheFlags;
 use super::daemon::start_daemon;
+use crate::environment::Digest;
 use crate::error::{IoContext, Kind, Result};
+use crate::mount::supervisor::{self, Program};
 use crate::mount::{self, Ended, Options};
+use crate::store::{Index, Store};
 use crate::sys;
 
 /// Show the store's environments as directories
 ///
 /// Goes to the background once the mount answers; its log is in $XDG_STATE_HOME/envfabric. Where the store is mounted
-/// already, that stays as it is.
+/// already, that stays as it is; --replace changes how it is served, without anybody noticing.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Mount {
     /// Mount point, made if missing [default: $XDG_DATA_HOME/envfabric/envs] [env: ENVFABRIC_MOUNT]
@@ -44,34 +49,52 @@ pub(crate) struct Mount {
     /// Threads that answer the kernel
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: Option<u16>,
+    /// Have the mount that is there served by this program and with these flags; if that cannot be, it is served as
+    /// before
+    #[arg(long, conflicts_with = "foreground")]
+    replace: bool,
+    /// Replace the process that serves when it has not answered for so long [default: 60s]
+    #[arg(long, value_name = "TIME", value_parser = super::cache::time)]
+    watchdog: Option<SignedDuration>,
+    /// Give the mount up when so many processes in a row have failed to serve it (0: never) [default: 10]
+    #[arg(long, value_name = "N")]
+    restarts: Option<u32>,
+    /// Do as on a kernel that does not send requests again (before Linux 6.9)
+    #[arg(long, hide = true)]
+    no_resend: bool,
     /// Tell the starting process on standard output how it went
     #[arg(long, hide = true)]
     notify: bool,
+    /// Serve what the process at the other end of standard input has mounted
+    #[arg(long, hide = true)]
+    worker: bool,
 }
+
+/// After so long without an answer a process that serves is replaced.
+const WATCHDOG: Duration = Duration::from_secs(60);
+/// So many failures in a row are followed by another start.
+const RESTARTS: u32 = 10;
 
 impl Mount {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
         let dir = self.dir.clone().unwrap_or_else(|| context.settings.mount.clone());
         let dir = std::path::absolute(&dir).at("finding", &dir)?;
+        if self.worker {
+            return self.work(context, &dir);
+        }
+        if self.replace {
+            return self.replace(context, &dir);
+        }
         if self.notify {
             return Ok(self.serve_notifying(context, &dir));
         }
         if self.foreground {
             return self.serve(context, &dir, || context.out.say(format_args!("mounted at {}", dir.display())));
         }
-        let mut flags = Vec::new();
-        for (flag, set) in [
-            ("--no-allow-other", self.no_allow_other),
-            ("--allow-other", self.allow_other),
-            ("--no-passthrough", self.no_passthrough),
-            ("--plain-imports", self.plain_imports),
-        ] {
-            if set {
-                flags.push(flag.to_string());
-            }
-        }
-        flags.extend(self.threads.map(|n| format!("--threads={n}")));
-        flags.extend(self.cache.flags());
+        let mut flags = self.flags();
+        flags.extend(self.watchdog.map(|time| format!("--watchdog={}ms", time.as_millis())));
+        flags.extend(self.restarts.map(|n| format!("--restarts={n}")));
+        flags.extend(self.no_resend.then(|| "--no-resend".into()));
         let log = start_daemon(context, &dir, &flags)?;
         let store = &context.settings.store;
         let value = serde_json::json!({
@@ -85,12 +108,51 @@ impl Mount {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn serve(&self, context: &Context, dir: &Path, ready: impl FnOnce()) -> Result<ExitCode> {
+    /// What concerns who serves, as flags for another process.
+    fn flags(&self) -> Vec<String> {
+        let mut flags = Vec::new();
+        for (flag, set) in [
+            ("--no-allow-other", self.no_allow_other),
+            ("--allow-other", self.allow_other),
+            ("--no-passthrough", self.no_passthrough),
+            ("--plain-imports", self.plain_imports),
+        ] {
+            if set {
+                flags.push(flag.to_string());
+            }
+        }
+        flags.extend(self.threads.map(|n| format!("--threads={n}")));
+        flags.extend(self.cache.flags());
+        flags
+    }
+
+    /// This program as a process that serves.
+    fn program(&self, context: &Context, dir: &Path) -> Result<Program> {
+        let mut args: Vec<OsString> = vec!["--store".into(), context.settings.store.clone().into()];
+        if let Some(config) = &context.config {
+            args.extend(["--config".into(), std::path::absolute(config).at("finding", config)?.into()]);
+        }
+        args.extend((0..context.verbose).map(|_| "-v".into()));
+        args.extend(["mount", "--worker"].map(OsString::from));
+        args.extend(self.flags().into_iter().map(OsString::from));
+        args.push(dir.into());
+        Program::this(args)
+    }
+
+    /// What serves, as its supervisor says.
+    fn work(&self, context: &Context, dir: &Path) -> Result<ExitCode> {
         sys::few_heaps(1);
         sys::lean_databases();
+        // Its own, as nobody else reads it.
+        let control = std::io::stdin().as_fd().try_clone_to_owned().at("listening to", "the supervisor")?;
+        supervisor::work(control, || self.open(context, dir))?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// What is to be shown, and how.
+    fn open(&self, context: &Context, dir: &Path) -> Result<(Store, Arc<Index>, Options)> {
         let store = context.store()?;
         let index = Arc::new(context.index(&store)?);
-        let signals = Signals::new([SIGINT, SIGTERM]).at("waiting for", "signals")?;
         let mut options = Options::at(dir);
         if self.allow_other || self.no_allow_other {
             options.allow_other = self.allow_other;
@@ -102,13 +164,46 @@ impl Mount {
         if let Some(threads) = self.threads {
             options.threads = usize::from(threads);
         }
-        let mounted = mount::mount(store, index, &options)?;
-        ready();
-        match mounted.wait(signals)? {
-            Ended::Unmounted => Ok(ExitCode::SUCCESS),
-            // Threads may still be serving somebody; the user has said twice that they should not.
-            Ended::Abandoned => std::process::exit(i32::from(Kind::Interrupted.exit_code())),
+        Ok((store, index, options))
+    }
+
+    /// As the supervisor.
+    fn serve(&self, context: &Context, dir: &Path, ready: impl FnOnce()) -> Result<ExitCode> {
+        let settings = supervisor::Settings {
+            mount_point: dir.to_path_buf(),
+            program: self.program(context, dir)?,
+            resend: !self.no_resend,
+            watchdog: self.watchdog.map_or(WATCHDOG, |time| time.try_into().unwrap_or(Duration::MAX)),
+            restarts: Some(self.restarts.unwrap_or(RESTARTS)).filter(|limit| *limit > 0),
+        };
+        let words = given_up_file(context, dir);
+        let began = Cell::new(false);
+        let ended = supervisor::supervise(settings, || {
+            began.set(true);
+            // What was said of an earlier mount.
+            words.iter().for_each(|words| _ = std::fs::remove_file(words));
+            ready();
+        });
+        if let (Err(error), Some(words), true) = (&ended, &words, began.get()) {
+            let _ = std::fs::write(words, error.chain());
         }
+        match ended? {
+            Ended::Unmounted => Ok(ExitCode::SUCCESS),
+            // The user has said twice that nobody is to be waited for.
+            Ended::Abandoned => Ok(ExitCode::from(Kind::Interrupted.exit_code())),
+        }
+    }
+
+    /// Puts this program and these flags in the place of what serves `dir`.
+    fn replace(&self, context: &Context, dir: &Path) -> Result<ExitCode> {
+        let status = supervisor::replace(dir, self.program(context, dir)?.with_settings())?;
+        let value = serde_json::json!({ "mount": dir.to_string_lossy(), "replaced": true, "supervision": status });
+        context.out.result(&value, |w| {
+            let version = status.worker_version.as_deref().unwrap_or("?");
+            let pid = status.worker.unwrap_or_default();
+            writeln!(w, "{} is served by envfabric {version}, process {pid}", dir.display())
+        })?;
+        Ok(ExitCode::SUCCESS)
     }
 
     /// As the background process: one line of JSON tells the parent how it went.
@@ -130,6 +225,18 @@ impl Mount {
             }
         }
     }
+}
+
+/// Where it is written down why the mount at `dir` was given up.
+fn given_up_file(context: &Context, dir: &Path) -> Option<PathBuf> {
+    let name = Digest::of(dir.as_os_str().as_encoded_bytes());
+    Some(context.settings.state().ok()?.join(format!("given-up-{}", name.short())))
+}
+
+/// Why the mount at `dir` was given up, if it was.
+pub(super) fn given_up(context: &Context, dir: &Path) -> Option<String> {
+    let dir = std::path::absolute(dir).ok()?;
+    std::fs::read_to_string(given_up_file(context, &dir)?).ok()
 }
 
 /// Take a mount away
@@ -165,7 +272,10 @@ impl Umount {
         let dir = self.dir.clone().unwrap_or_else(|| context.settings.mount.clone());
         let dir = std::path::absolute(&dir).at("finding", &dir)?;
         // What serves it writes down what it knows before it ends; whoever mounts again needs that to be done.
-        let served_by = if self.lazy { None } else { mount::stats(&dir).ok().map(|stats| stats.pid) };
+        let served_by = if self.lazy { None } else { mount::stats(&dir).ok() };
+        let served_by: Vec<u32> = served_by
+            .map(|stats| std::iter::once(stats.pid).chain(stats.supervised.map(|by| by.supervisor)).collect())
+            .unwrap_or_default();
         mount::umount(&dir, self.lazy)?;
         served_by.into_iter().for_each(wait_for_end);
         context.out.result(&serde_json::json!({ "unmounted": dir.to_string_lossy() }), |w| {

@@ -55,6 +55,14 @@ pub(crate) fn spec(text: &str) -> Result<EnvSpec, String> {
     text.parse().map_err(told)
 }
 
+/// A time as people write it for clap: `24h`, `30d`, `2w 12h`; a day has 24 hours.
+pub(crate) fn duration(text: &str) -> Result<std::time::Duration, String> {
+    let wrong = || format!("{text:?} is not a time: write for example 90m, 24h or 30d");
+    let span: jiff::Span = text.parse().map_err(|_| wrong())?;
+    let time = span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).map_err(|_| wrong())?;
+    time.try_into().map_err(|_| wrong())
+}
+
 fn told(error: Error) -> String {
     match error.hint_text() {
         Some(hint) => format!("{error}: {hint}"),
@@ -65,6 +73,17 @@ fn told(error: Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_are_written_as_people_do() {
+        let hours = |n: u64| std::time::Duration::from_secs(n * 3600);
+        for (text, time) in [("24h", hours(24)), ("30d", hours(720)), ("2w 12h", hours(348)), ("0s", hours(0))] {
+            assert_eq!(duration(text).unwrap(), time);
+        }
+        for wrong in ["", "x", "5", "-3h", "1y", "1mo"] {
+            assert!(duration(wrong).unwrap_err().contains("24h"), "{wrong}");
+        }
+    }
 
     #[test]
     fn a_version_is_a_positive_number_behind_an_at_sign() {

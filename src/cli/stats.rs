@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use super::Context;
 use super::output::{bytes, table};
 use crate::cache::{CacheStats, Histogram};
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::mount;
 
 /// Tell what a running mount has done
@@ -23,7 +23,11 @@ pub(crate) struct Stats {
 
 impl Stats {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
-        let stats = mount::stats(self.dir.as_deref().unwrap_or(&context.settings.mount))?;
+        let dir = self.dir.as_deref().unwrap_or(&context.settings.mount);
+        let stats = mount::stats(dir).map_err(|error| match super::mount::given_up(context, dir) {
+            Some(words) if error.kind() == Kind::Failed => error.detail(words),
+            _ => error,
+        })?;
         context.out.result(&stats, |w| print(&stats, w))?;
         Ok(ExitCode::SUCCESS)
     }
@@ -49,7 +53,16 @@ fn print(stats: &mount::Stats, w: &mut dyn Write) -> io::Result<()> {
     let hangs =
         stats.store_hangs.then(|| ("hangs", "the store does not answer; names are told from memory".to_string()));
     let keys = (!stats.trusted_keys.is_empty()).then(|| ("believes", stats.trusted_keys.join("\n")));
-    let facts = facts.into_iter().chain(hangs).chain(keys).map(|(name, text)| vec![name.into(), text]).collect();
+    let supervised = stats.supervised.map(|by| {
+        let ended = match (by.deaths, by.poisoned) {
+            (0, _) => String::new(),
+            (deaths, 0) => format!(", {deaths} ended before"),
+            (deaths, poisoned) => format!(", {deaths} ended before, {poisoned} requests given up"),
+        };
+        ("supervisor", format!("{}, has started {} to serve{ended}", by.supervisor, by.workers))
+    });
+    let facts = facts.into_iter().chain(supervised).chain(hangs).chain(keys);
+    let facts = facts.map(|(name, text)| vec![name.into(), text]).collect();
     write!(w, "{}", table(&["SERVED", ""], facts, &[]))?;
 
     let mut requests: Vec<_> = stats.requests.iter().filter(|(_, n)| **n > 0).collect();

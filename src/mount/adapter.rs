@@ -1,4 +1,4 @@
-//! FUSE requests -> questions to a [`Tree`] -> replies. No decisions here but those about the kernel's caches.
+//! FUSE requests -> questions to a [`Tree`](crate::view::Tree) -> replies. No decisions here but those about the kernel's caches.
 //!
 //! What the kernel asks once per connection and then never again because we answer ENOSYS: opendir (directories are
 //! then cached as kept-open files and refreshed by their modification time), flush, fsync, fsyncdir, lseek, poll,
@@ -8,121 +8,31 @@ use std::ffi::OsStr;
 use std::io;
 use std::ops::Deref;
 use std::os::unix::ffi::OsStrExt;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use fuser::{
-    AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags, IoctlFlags, KernelConfig,
-    LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyBmap,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek,
-    ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, Version, WriteFlags,
+    AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
+    OpenAccMode, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, Version, WriteFlags,
 };
 
-use super::passthrough::{Mode, Passthrough};
-use super::refresh::Refresher;
-use super::replies::{NAME_MAX, Part, Shown, Space, errno_of, ino, is_inside_version, reply_xattr, ttl};
-use super::stats::{self, Counters, How, Op};
+use super::replies::{NAME_MAX, Part, ino, reply_xattr, ttl};
+use super::serving::Serving;
+use super::shift::{Turn, Working};
+use super::stats::{self, Op};
 use super::warm;
-use crate::error::{Error, IoContext, Kind, Result};
-use crate::patience::{self, Flights, Pool};
-use crate::view::{Opened, Reader, Tree};
-
-/// How long the store may take to say how full it is; whoever asks that often asks it of every mount.
-const SPACE: Duration = Duration::from_secs(1);
+use crate::error::{Kind, Result};
+use crate::patience;
+use crate::view::Reader;
 
 /// A mounted tree.
 ///
 /// Of a local store, the session's threads answer everything themselves. Of a distant one, they answer what needs no
 /// waiting, and leave the rest to threads that may wait ([`patience`]).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Adapter(Arc<Serving>);
-
-/// What every thread that answers needs.
-#[derive(Debug)]
-pub(super) struct Serving {
-    pub(super) tree: Arc<Tree>,
-    pub(super) refresher: Arc<Refresher>,
-    pub(super) shown: Shown,
-    /// Ask the kernel for passthrough.
-    pub(super) try_passthrough: bool,
-    pub(super) passthrough: Passthrough,
-    pub(super) counters: Counters,
-    /// Threads that answer.
-    pub(super) threads: usize,
-    /// Threads that may wait, where the store is distant.
-    pub(super) waiters: Option<Pool>,
-    pub(super) space: Spaces,
-}
-
-/// How full a distant store is.
-#[derive(Debug, Default)]
-pub(super) struct Spaces {
-    asked: Flights<(), Space>,
-    last: Mutex<Option<Space>>,
-}
-
-impl Serving {
-    /// The errno of a failure, which is logged.
-    fn errno(&self, error: &Error) -> Errno {
-        self.tree.tell(error);
-        Errno::from_i32(errno_of(error))
-    }
-
-    fn note_asked(&self, number: INodeNo) {
-        if !is_inside_version(number) {
-            self.refresher.note_asked();
-        }
-    }
-
-    /// Answers an open. A handle is counted where its reply is sent.
-    fn opened(&self, number: INodeNo, opened: Opened, reply: ReplyOpen) {
-        let kept = FopenFlags::FOPEN_KEEP_CACHE;
-        match opened {
-            Opened::ByReader => {
-                self.counters.opened(How::Direct);
-                reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
-            }
-            Opened::Lasting => {
-                self.counters.opened(How::Cached);
-                reply.opened(FileHandle(0), kept);
-            }
-            // Counted, because a passthrough handle must not be given beside another; and it stays in the cache meanwhile.
-            Opened::Whole { file, size, held } => {
-                let file = file.as_deref().filter(|_| self.try_passthrough).map(|file| (file, size));
-                match self.passthrough.open(ino(number), file, held, &reply) {
-                    Mode::Cached(handle) => {
-                        self.counters.opened(How::Cached);
-                        reply.opened(handle, kept);
-                    }
-                    Mode::Passed(handle, backing) => {
-                        self.counters.opened(How::Passthrough);
-                        reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
-                    }
-                }
-            }
-        }
-    }
-
-    /// How full the store is; of a distant one that does not answer, what it said last.
-    fn space(&self) -> Result<Space> {
-        let root = self.tree.store().root().to_path_buf();
-        let ask = move || nix::sys::statvfs::statvfs(&root).at("looking at", &root).map(Space::from);
-        if self.waiters.is_none() {
-            return ask();
-        }
-        let last = || self.space.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if (self.space.asked.is_late(&()) || self.tree.is_cut_off())
-            && let Some(space) = *last()
-        {
-            return Ok(space);
-        }
-        match self.space.asked.ask(&(), SPACE, ask) {
-            Ok(now) => Ok(*last().insert(now.answer)),
-            Err(error) if error.kind() == Kind::TimedOut => Ok(last().unwrap_or_default()),
-            Err(error) => Err(error),
-        }
-    }
-}
 
 impl Adapter {
     pub(super) fn new(serving: Serving) -> Self {
@@ -134,24 +44,45 @@ impl Adapter {
     /// Where that would have to wait for the store, both happen on another thread, and this one is free at once.
     fn answer<R: Send + 'static, T>(
         &self,
+        begun: Working,
         mut reply: R,
         question: impl Fn(&Serving, &mut R) -> Result<T> + Send + 'static,
         tell: impl FnOnce(&Serving, R, Result<T, Errno>) + Send + 'static,
     ) {
         let Some(waiters) = &self.waiters else {
             let answer = question(self, &mut reply).map_err(|error| self.errno(&error));
-            return tell(self, reply, answer);
+            tell(self, reply, answer);
+            return drop(begun);
         };
         match patience::at_once(|| question(self, &mut reply)) {
             Err(error) if error.kind() == Kind::WouldWait => {
                 let serving = self.0.clone();
                 waiters.run(move || {
+                    begun.here();
                     let answer = question(&serving, &mut reply).map_err(|error| serving.errno(&error));
                     tell(&serving, reply, answer);
+                    drop(begun);
                 });
             }
-            answer => tell(self, reply, answer.map_err(|error| self.errno(&error))),
+            answer => {
+                tell(self, reply, answer.map_err(|error| self.errno(&error)));
+                drop(begun);
+            }
         }
+    }
+}
+
+impl Adapter {
+    /// Counts a request whose answer needs nothing.
+    fn turn(&self, op: Op) -> Turn<'_> {
+        self.counters.count(op);
+        self.shift.turn()
+    }
+
+    /// Counts a request and begins to follow it; none when it must be given up.
+    fn begin(&self, req: &Request, op: Op, number: INodeNo) -> (Turn<'_>, Option<Working>) {
+        let turn = self.turn(op);
+        (turn, self.shift.begin(u64::from(req.unique()), op as u8, number.0))
     }
 }
 
@@ -181,25 +112,33 @@ impl Filesystem for Adapter {
         }
         // With a low number, reads that wait for a slow store would keep reads of local files waiting.
         let _ = config.set_max_background(u16::MAX);
-        let _ = config.set_max_write(1 << 20);
-        if self.try_passthrough
+        let _ = config.set_max_write(if self.shift.disagrees() { 1 << 19 } else { 1 << 20 });
+        if self.agreed.resend {
+            let _ = config.add_capabilities(InitFlags::FUSE_HAS_RESEND);
+        }
+        // A connection that has it keeps it, also when nobody wants it any more.
+        let passthrough = self.agreed.passthrough.unwrap_or(self.try_passthrough);
+        if passthrough
             && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
             && config.set_max_stack_depth(1).is_ok()
+            && self.try_passthrough
         {
             self.passthrough.enable();
         }
         Ok(())
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.counters.count(Op::Lookup);
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let (_turn, Some(begun)) = self.begin(req, Op::Lookup, parent) else { return reply.error(Errno::EIO) };
         // FUSE itself passes on up to 1,024 bytes; programs expect what every other file system says.
         if name.len() > NAME_MAX {
             return reply.error(Errno::ENAMETOOLONG);
         }
+        self.shift.meet(name.as_bytes());
         self.note_asked(parent);
         let name = name.as_bytes().to_vec();
         self.answer(
+            begun,
             reply,
             move |serving, _| serving.tree.lookup(ino(parent), &name),
             move |serving, reply, found| match found {
@@ -211,13 +150,14 @@ impl Filesystem for Adapter {
 
     // Numbers are computed: there is nothing to forget.
     fn forget(&self, _req: &Request, _ino: INodeNo, _nlookup: u64) {
-        self.counters.count(Op::Forget);
+        let _turn = self.turn(Op::Forget);
     }
 
-    fn getattr(&self, _req: &Request, number: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        self.counters.count(Op::Getattr);
+    fn getattr(&self, req: &Request, number: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        let (_turn, Some(begun)) = self.begin(req, Op::Getattr, number) else { return reply.error(Errno::EIO) };
         self.note_asked(number);
         self.answer(
+            begun,
             reply,
             move |serving, _| serving.tree.attr(ino(number)),
             |serving, reply, attr| match attr {
@@ -227,9 +167,10 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn readlink(&self, _req: &Request, number: INodeNo, reply: ReplyData) {
-        self.counters.count(Op::Readlink);
+    fn readlink(&self, req: &Request, number: INodeNo, reply: ReplyData) {
+        let (_turn, Some(begun)) = self.begin(req, Op::Readlink, number) else { return reply.error(Errno::EIO) };
         self.answer(
+            begun,
             reply,
             move |serving, _| serving.tree.readlink(ino(number)),
             |_, reply, target| match target {
@@ -239,16 +180,18 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn open(&self, _req: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        self.counters.count(Op::Open);
+    fn open(&self, req: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let (_turn, Some(begun)) = self.begin(req, Op::Open, number) else { return reply.error(Errno::EIO) };
         if flags.acc_mode() != OpenAccMode::O_RDONLY || flags.0 & libc::O_TRUNC != 0 {
             return reply.error(Errno::EROFS);
         }
+        let unique = u64::from(req.unique());
         self.answer(
+            begun,
             reply,
             move |serving, _| serving.tree.open(ino(number)),
             move |serving, reply, opened| match opened {
-                Ok(opened) => serving.opened(number, opened, reply),
+                Ok(opened) => serving.opened(number, unique, opened, reply),
                 Err(errno) => reply.error(errno),
             },
         );
@@ -265,9 +208,10 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.counters.count(Op::Read);
+        let (_turn, Some(begun)) = self.begin(req, Op::Read, number) else { return reply.error(Errno::EIO) };
         let reader = Reader { tid: Some(req.pid()).filter(|tid| *tid != 0) };
         self.answer(
+            begun,
             reply,
             move |serving, _| serving.tree.read(ino(number), offset, size, reader),
             |serving, reply, bytes| match bytes {
@@ -282,7 +226,7 @@ impl Filesystem for Adapter {
 
     fn release(
         &self,
-        _req: &Request,
+        req: &Request,
         number: INodeNo,
         fh: FileHandle,
         _flags: OpenFlags,
@@ -290,7 +234,7 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.counters.count(Op::Release);
+        let (_turn, Some(_begun)) = self.begin(req, Op::Release, number) else { return reply.error(Errno::EIO) };
         if fh != FileHandle(0) {
             self.passthrough.release(ino(number), fh);
         }
@@ -298,14 +242,15 @@ impl Filesystem for Adapter {
     }
 
     fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        self.counters.count(Op::Opendir);
+        let _turn = self.turn(Op::Opendir);
         reply.error(Errno::ENOSYS);
     }
 
-    fn readdir(&self, _req: &Request, dir: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
-        self.counters.count(Op::Readdir);
+    fn readdir(&self, req: &Request, dir: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
+        let (_turn, Some(begun)) = self.begin(req, Op::Readdir, dir) else { return reply.error(Errno::EIO) };
         self.note_asked(dir);
         self.answer(
+            begun,
             Part { dir, offset, reply },
             |serving, part| part.fill(&serving.tree),
             |_, part, filled| match filled {
@@ -315,10 +260,11 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn readdirplus(&self, _req: &Request, dir: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
-        self.counters.count(Op::Readdirplus);
+    fn readdirplus(&self, req: &Request, dir: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
+        let (_turn, Some(begun)) = self.begin(req, Op::Readdirplus, dir) else { return reply.error(Errno::EIO) };
         self.note_asked(dir);
         self.answer(
+            begun,
             Part { dir, offset, reply },
             |serving, part| part.fill(&serving.tree, &serving.shown),
             move |_, part, filled| match filled {
@@ -329,9 +275,10 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        self.counters.count(Op::Statfs);
+    fn statfs(&self, req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        let (_turn, Some(begun)) = self.begin(req, Op::Statfs, INodeNo(1)) else { return reply.error(Errno::EIO) };
         self.answer(
+            begun,
             reply,
             |serving, _| serving.space(),
             |_, reply, space| match space {
@@ -341,18 +288,23 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn getxattr(&self, _req: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.counters.count(Op::Getxattr);
+    fn getxattr(&self, req: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let (_turn, Some(begun)) = self.begin(req, Op::Getxattr, number) else { return reply.error(Errno::EIO) };
         if !name.as_bytes().starts_with(b"user.envfabric.") {
             return reply.error(Errno::ENODATA);
         }
         // Asks nobody else, so that it is told whatever hangs.
         if name.as_bytes() == stats::ATTRIBUTE.to_bytes() {
-            return reply_xattr(&self.counters.tell(&self.tree, &self.passthrough, self.threads), size, reply);
+            return reply_xattr(
+                &self.counters.tell(&self.tree, &self.passthrough, self.threads, &self.shift),
+                size,
+                reply,
+            );
         }
         let name = name.to_os_string();
         if name.as_bytes().starts_with(b"user.envfabric.warm") {
             return self.answer(
+                begun,
                 reply,
                 move |serving, _| warm::answer(&serving.tree, ino(number), name.as_bytes()).transpose(),
                 move |_, reply, told| match told {
@@ -363,6 +315,7 @@ impl Filesystem for Adapter {
             );
         }
         self.answer(
+            begun,
             reply,
             move |serving, _| serving.tree.xattrs(ino(number)),
             move |_, reply, attrs| match attrs {
@@ -375,9 +328,10 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn listxattr(&self, _req: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
-        self.counters.count(Op::Listxattr);
+    fn listxattr(&self, req: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
+        let (_turn, Some(begun)) = self.begin(req, Op::Listxattr, number) else { return reply.error(Errno::EIO) };
         self.answer(
+            begun,
             reply,
             move |serving, _| serving.tree.xattrs(ino(number)),
             move |_, reply, attrs| match attrs {
@@ -392,23 +346,23 @@ impl Filesystem for Adapter {
 
     // Answered once with ENOSYS, then never asked again.
     fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     fn fsync(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     fn fsyncdir(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     fn lseek(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _offset: i64, _whence: i32, reply: ReplyLseek) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     fn poll(
@@ -421,11 +375,11 @@ impl Filesystem for Adapter {
         _flags: PollFlags,
         reply: ReplyPoll,
     ) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     fn bmap(&self, _req: &Request, _ino: INodeNo, _blocksize: u32, _idx: u64, reply: ReplyBmap) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::ENOSYS);
     }
     // Not remembered by the kernel: CPython up to 3.13 asks isatty() of every file it opens.
@@ -440,7 +394,7 @@ impl Filesystem for Adapter {
         _out_size: u32,
         reply: ReplyIoctl,
     ) {
-        self.counters.count(Op::Ioctl);
+        let _turn = self.turn(Op::Ioctl);
         reply.error(Errno::ENOTTY);
     }
 
@@ -463,7 +417,7 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn mknod(
@@ -476,19 +430,19 @@ impl Filesystem for Adapter {
         _rdev: u32,
         reply: ReplyEntry,
     ) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn mkdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _mode: u32, _umask: u32, reply: ReplyEntry) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn unlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn symlink(
@@ -499,7 +453,7 @@ impl Filesystem for Adapter {
         _target: &std::path::Path,
         reply: ReplyEntry,
     ) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn rename(
@@ -512,11 +466,11 @@ impl Filesystem for Adapter {
         _flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn link(&self, _req: &Request, _ino: INodeNo, _newparent: INodeNo, _newname: &OsStr, reply: ReplyEntry) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn write(
@@ -531,7 +485,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn create(
@@ -544,7 +498,7 @@ impl Filesystem for Adapter {
         _flags: i32,
         reply: ReplyCreate,
     ) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn setxattr(
@@ -557,11 +511,11 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
     fn fallocate(
@@ -574,7 +528,7 @@ impl Filesystem for Adapter {
         _mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.counters.count(Op::Other);
+        let _turn = self.turn(Op::Other);
         reply.error(Errno::EROFS);
     }
 }

@@ -7,14 +7,18 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
+use super::alive::{Alive, alive};
 use super::table::{self, FS_TYPE, MountInfo};
 use crate::error::{Error, IoContext, Kind, Result};
 
 const DEVICE: &str = "/dev/fuse";
+/// How long what is mounted may take to answer; another worker may just be starting.
+const ANSWERS: Duration = Duration::from_secs(5);
 
 /// True when this process mounts by itself.
 pub(super) fn is_root() -> bool {
@@ -44,12 +48,17 @@ pub fn preflight(dir: &Path) -> Result<PathBuf> {
             .hint("no Python could start there: name a directory without line breaks, in UTF-8"));
     }
     if let Some(line) = table::on_top(&here)? {
-        let stale = fs::metadata(&here).err().is_some_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
-        if stale {
+        let ours = table::of_this_program(&line);
+        let alive = if ours.is_some() { alive(&here, ANSWERS) } else { Alive::Answers };
+        if alive == Alive::Silent {
+            return Err(Error::new(Kind::Busy, format!("what is mounted at {shown} does not answer"))
+                .hint("its process is stopped, or its store hangs; `envfabric doctor` tells more"));
+        }
+        if alive == Alive::Dead {
             return Err(Error::new(Kind::Busy, format!("the mount at {shown} is stale: its server is gone"))
                 .hint(format!("run `envfabric umount {shown}` and mount again")));
         }
-        return Err(match table::of_this_program(&line) {
+        return Err(match ours {
             Some(mount) => {
                 Error::new(Kind::Busy, format!("{shown} is already mounted, with store {}", mount.store.display()))
                     .hint(format!("use it, or run `envfabric umount {shown}` first"))

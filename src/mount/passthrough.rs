@@ -4,19 +4,27 @@
 //! and while it has a passthrough handle it takes no other backing id. So the mode is chosen at open, by what is open
 //! already, and one backing id serves an inode as long as any handle of it lives. Whatever fails, an ordinary handle is
 //! given instead; but never beside a passthrough one, because the kernel answers a mixture with EIO.
+//!
+//! Which handles there are, and which backing id they have, is kept beyond the process ([`super::kept`]): a worker that
+//! takes over goes on with them. Where it may have died between getting an id and writing it down, the id is closed by
+//! the next: ids are given out in order (idr_alloc_cyclic), so it is one between the last that was written down and
+//! the first that the next worker gets.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use fuser::{BackingId, FileHandle, ReplyOpen};
+use fuser::{BackingId, FileHandle};
 use nix::sys::statfs::{self, FsType};
 
+use super::kept::{Handle, Kept, Number, RESENT, Record, Way};
 use crate::cache::Held;
+use crate::sys;
 use crate::view::Ino;
 
 /// File systems tried with passthrough, by their `f_type`: those on local disks that do not stack on others.
@@ -27,9 +35,11 @@ const LOCAL: [FsType; 4] = [
     FsType(0x0102_1994), // tmpfs
 ];
 
-/// Handles of files that could be opened with passthrough say how they were opened.
-const CACHED: FileHandle = FileHandle(1);
-const PASSED: FileHandle = FileHandle(2);
+/// Ids that a worker may have left at most.
+const ORPHANS_MAX: u32 = 64;
+
+/// The handle of a file that could be passed through, on a connection without passthrough: nothing is kept of it.
+const COUNTED: FileHandle = FileHandle(1);
 
 /// What is open of one inode: handles of one sort only.
 #[derive(Debug)]
@@ -63,16 +73,24 @@ impl<B: Clone> Handles<B> {
         None
     }
 
-    /// Counts a handle out.
-    fn release(&mut self, handle: FileHandle) {
-        match handle {
-            CACHED => self.cached = self.cached.saturating_sub(1),
-            PASSED => self.passed = self.passed.saturating_sub(1),
-            _ => {}
+    /// Counts a handle in that was there before this process.
+    fn adopt(&mut self, backing: Option<B>) {
+        match backing {
+            Some(backing) => {
+                self.passed += 1;
+                self.backing = Some(backing);
+            }
+            None => self.cached += 1,
         }
-        if self.passed == 0 {
-            self.backing = None;
+    }
+
+    /// Counts a handle out; gives the backing that none has any more.
+    fn release(&mut self, passed: bool) -> Option<B> {
+        match passed {
+            true => self.passed = self.passed.saturating_sub(1),
+            false => self.cached = self.cached.saturating_sub(1),
         }
+        if self.passed == 0 { self.backing.take() } else { None }
     }
 
     fn is_empty(&self) -> bool {
@@ -87,22 +105,36 @@ fn is_lasting(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|errno| lasting.contains(&errno))
 }
 
-/// What is open of an inode, and what keeps its bytes in the cache meanwhile.
-type Open = (Handles<Arc<BackingId>>, Option<Held>);
-
 /// What is open of files that could be opened with passthrough.
 #[derive(Debug, Default)]
+struct OpenFiles {
+    /// What is open of an inode, and what keeps its bytes in the cache meanwhile.
+    inodes: HashMap<Ino, (Handles<u32>, Option<Held>)>,
+    /// Places for handles that are free again.
+    free: Vec<usize>,
+    /// The ids that a dead worker may have left are closed.
+    tidied: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
 pub(super) struct Passthrough {
+    kept: Arc<Kept>,
+    /// The connection, once there is one that has passthrough.
+    device: OnceLock<OwnedFd>,
     enabled: AtomicBool,
     /// Why it is not enabled, or not any more.
     why_not: Mutex<Option<NoPassthrough>>,
-    open: Mutex<HashMap<Ino, Open>>,
+    open: Mutex<OpenFiles>,
 }
 
 /// How to answer an open.
+#[derive(Debug)]
 pub(super) enum Mode {
     Cached(FileHandle),
-    Passed(FileHandle, Arc<BackingId>),
+    Passed(FileHandle, u32),
+    /// There are too many open.
+    None,
 }
 
 /// Why the kernel does not read large files straight from the store.
@@ -116,6 +148,8 @@ pub enum NoPassthrough {
     NotLocal,
     /// The kernel does not offer it.
     Kernel,
+    /// The mount was made without it, and goes on so.
+    MadeWithout,
     /// The kernel refused it for every file, with this error.
     Refused(String),
 }
@@ -129,6 +163,9 @@ impl fmt::Display for NoPassthrough {
                 f.write_str("the files are not on a local file system that has it (ext4, xfs, btrfs, tmpfs)")
             }
             NoPassthrough::Kernel => f.write_str("this kernel does not offer it (Linux 6.9 and later do)"),
+            NoPassthrough::MadeWithout => {
+                f.write_str("the mount was made without it: unmount and mount again to have it")
+            }
             NoPassthrough::Refused(error) => write!(f, "the kernel refused it: {error}"),
         }
     }
@@ -154,6 +191,16 @@ pub fn is_local(dir: &Path) -> bool {
 }
 
 impl Passthrough {
+    pub(super) fn new(kept: Arc<Kept>) -> Self {
+        Passthrough {
+            kept,
+            device: OnceLock::new(),
+            enabled: AtomicBool::new(false),
+            why_not: Mutex::default(),
+            open: Mutex::default(),
+        }
+    }
+
     /// Called once the kernel has granted it.
     pub(super) fn enable(&self) {
         self.enabled.store(true, Ordering::Relaxed);
@@ -175,25 +222,87 @@ impl Passthrough {
         why.or_else(|| (!self.is_enabled()).then_some(NoPassthrough::Kernel))
     }
 
-    /// Chooses how `ino`, which is all of `file`, is opened, and counts the handle. Without a file it is opened in the
-    /// ordinary way; `held` is kept as long as any handle is.
-    pub(super) fn open(&self, ino: Ino, file: Option<(&File, u64)>, held: Option<Held>, reply: &ReplyOpen) -> Mode {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let (handles, kept) = open.entry(ino).or_default();
-        let backing = handles.open(|| file.and_then(|(file, size)| self.backing(file, size, reply)));
-        if kept.is_none() {
-            *kept = held;
-        }
-        backing.map_or(Mode::Cached(CACHED), |backing| Mode::Passed(PASSED, backing))
+    fn files(&self) -> MutexGuard<'_, OpenFiles> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn backing(&self, file: &File, size: u64, reply: &ReplyOpen) -> Option<Arc<BackingId>> {
+    /// Begins to serve a connection that has passthrough: goes on with the handles that are kept. Nobody else may change
+    /// them from now on.
+    pub(super) fn serve(&self, device: OwnedFd) {
+        let device = self.device.get_or_init(|| device);
+        let (handles, mut files) = (self.kept.handles(), self.files());
+        for index in 0..handles.used() {
+            match handles.record(index) {
+                Record::Open { ino, way, .. } => {
+                    let (open, _) = files.inodes.entry(Ino::from_raw(ino)).or_default();
+                    open.adopt(match way {
+                        Way::Passed(backing) => Some(backing),
+                        Way::Cached => None,
+                    });
+                }
+                Record::Closing { backing, .. } => {
+                    close(device, backing);
+                    handles.free(index);
+                    files.free.push(index);
+                }
+                Record::Free => files.free.push(index),
+            }
+        }
+    }
+
+    /// Chooses how `ino`, which is all of `file`, is opened, and counts the handle. Without a file it is opened in the
+    /// ordinary way; `held` is kept as long as any handle is. `unique` is the kernel's number of the request.
+    pub(super) fn open(&self, ino: Ino, file: Option<(&File, u64)>, held: Option<Held>, unique: u64) -> Mode {
+        let handles = self.kept.handles();
+        let mut files = self.files();
+        let number = unique & !RESENT;
+        let Some(device) = self.device.get() else {
+            let (open, kept) = files.inodes.entry(ino).or_default();
+            open.open(|| None);
+            *kept = kept.take().or(held);
+            return Mode::Cached(COUNTED);
+        };
+        let mode = |handle: Handle, way| match way {
+            Way::Passed(backing) => Mode::Passed(FileHandle(handle.raw()), backing),
+            Way::Cached => Mode::Cached(FileHandle(handle.raw())),
+        };
+        // The worker that had counted it died before the kernel had its answer.
+        if unique & RESENT != 0
+            && let Some((handle, way)) = handles.of_open(number)
+        {
+            return mode(handle, way);
+        }
+        let mut tidied = files.tidied;
+        let (open, kept) = files.inodes.entry(ino).or_default();
+        let backing = open.open(|| file.and_then(|(file, size)| self.backing(device, file, size, &mut tidied)));
+        *kept = kept.take().or(held);
+        files.tidied = tidied;
+        let way = backing.map_or(Way::Cached, Way::Passed);
+        let place = files.free.pop();
+        match handles.open(place, number, ino.get(), way) {
+            Some(handle) => mode(handle, way),
+            None => {
+                self.count_out(&mut files, ino, way).into_iter().for_each(|backing| close(device, backing));
+                Mode::None
+            }
+        }
+    }
+
+    fn backing(&self, device: &OwnedFd, file: &File, size: u64, tidied: &mut bool) -> Option<u32> {
         // A blob of a wrong length is left to ordinary reads, which say so.
         if !self.is_enabled() || !file.metadata().is_ok_and(|m| m.len() == size) {
             return None;
         }
-        match reply.open_backing(file) {
-            Ok(backing) => Some(Arc::new(backing)),
+        match BackingId::create_raw(device, file) {
+            Ok(backing) => {
+                let last = u32::try_from(self.kept.get(Number::LastBacking)).unwrap_or(u32::MAX);
+                // One worker gets one at a time, so more than a few are something else.
+                if !std::mem::replace(tidied, true) && backing.saturating_sub(last) < ORPHANS_MAX {
+                    (last.saturating_add(1)..backing).for_each(|orphan| close(device, orphan));
+                }
+                self.kept.set(Number::LastBacking, backing.into());
+                Some(backing)
+            }
             Err(error) if is_lasting(&error) => {
                 self.disable(NoPassthrough::Refused(error.to_string()));
                 tracing::info!(%error, "large files are served without passthrough");
@@ -206,14 +315,37 @@ impl Passthrough {
         }
     }
 
-    /// Counts a handle out.
-    pub(super) fn release(&self, ino: Ino, handle: FileHandle) {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some((handles, _)) = open.get_mut(&ino) else { return };
-        handles.release(handle);
-        if handles.is_empty() {
-            open.remove(&ino);
+    /// Counts a handle out of `ino`; gives the backing that none has any more.
+    fn count_out(&self, files: &mut OpenFiles, ino: Ino, way: Way) -> Option<u32> {
+        let (open, _) = files.inodes.get_mut(&ino)?;
+        let unused = open.release(way != Way::Cached);
+        if open.is_empty() {
+            files.inodes.remove(&ino);
         }
+        unused
+    }
+
+    /// Counts a handle out. One that is not there was counted out by a worker that died before the kernel had its answer.
+    pub(super) fn release(&self, ino: Ino, handle: FileHandle) {
+        let mut files = self.files();
+        let Some(device) = self.device.get() else {
+            self.count_out(&mut files, ino, Way::Cached);
+            return;
+        };
+        let handles = self.kept.handles();
+        let Some((index, way)) = handles.get(Handle::from_raw(handle.0)) else { return };
+        if let Some(backing) = self.count_out(&mut files, ino, way) {
+            handles.closing(index);
+            close(device, backing);
+        }
+        handles.free(index);
+        files.free.push(index);
+    }
+}
+
+fn close(device: &OwnedFd, backing: u32) {
+    if let Err(error) = sys::close_backing(device.as_fd(), backing) {
+        tracing::warn!(%error, "a file that was passed through stays open in the kernel");
     }
 }
 
@@ -236,7 +368,8 @@ mod tests {
                     prop_assert!(open.iter().all(|other| *other == backing), "{open:?} and {backing:?}");
                     open.push(backing);
                 } else if let Some(backing) = open.pop() {
-                    handles.release(if backing.is_some() { PASSED } else { CACHED });
+                    let unused = handles.release(backing.is_some());
+                    prop_assert_eq!(unused.is_some(), backing.is_some() && open.is_empty());
                 }
                 prop_assert_eq!(handles.is_empty(), open.is_empty());
                 prop_assert_eq!(handles.backing.is_some(), open.first().is_some_and(|b| b.is_some()));

@@ -19,7 +19,9 @@ use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
 use super::attach;
+use super::kept::Number;
 use super::passthrough::Passthrough;
+use super::shift::Shift;
 use super::table::{self, MountInfo};
 use crate::cache::CacheStats;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -115,7 +117,7 @@ impl Counters {
     }
 
     /// What [`Stats`] tells, as JSON.
-    pub(super) fn tell(&self, tree: &Tree, passthrough: &Passthrough, threads: usize) -> Vec<u8> {
+    pub(super) fn tell(&self, tree: &Tree, passthrough: &Passthrough, threads: usize, shift: &Shift) -> Vec<u8> {
         let number = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let requests = Op::NAMES.iter().zip(&self.requests).map(|(name, n)| (name.to_string(), number(n)));
         let [passed, cached, direct] = self.opens.each_ref().map(number);
@@ -143,6 +145,13 @@ impl Counters {
             memories: memories.into_iter().collect(),
             cache: tree.cache().map(|cache| cache.stats()),
             trusted_keys: tree.store().trust().iter().flat_map(|trust| trust.keys()).map(|key| key.text()).collect(),
+            supervised: shift.of_supervised(|number| Supervised {
+                supervisor: number(Number::Supervisor) as u32,
+                workers: number(Number::Lives),
+                deaths: number(Number::Deaths),
+                replacements: number(Number::Replacements),
+                poisoned: number(Number::Poisoned),
+            }),
         };
         // Numbers and texts can always be written.
         serde_json::to_vec(&stats).unwrap_or_default()
@@ -163,7 +172,7 @@ pub struct Stats {
     pub envfabric: String,
     /// Process that serves it, as that process sees itself.
     pub pid: u32,
-    /// Since it was mounted.
+    /// Since the process began to serve; what is counted is counted since then.
     pub up_seconds: u64,
     /// What its process has used of the processors.
     pub cpu_seconds: f64,
@@ -197,6 +206,24 @@ pub struct Stats {
     /// Keys of those whom it believes; none: whoever can write to the store.
     #[serde(default)]
     pub trusted_keys: Vec<String>,
+    /// Who sees to it that it is served, where somebody does.
+    #[serde(default)]
+    pub supervised: Option<Supervised>,
+}
+
+/// The supervisor of a mount, and what has become of the processes that served it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Supervised {
+    /// Its process.
+    pub supervisor: u32,
+    /// Processes that were started to serve.
+    pub workers: u64,
+    /// Those of them that ended while they served.
+    pub deaths: u64,
+    /// Planned replacements.
+    pub replacements: u64,
+    /// Requests that were answered with an error because they had ended several processes.
+    pub poisoned: u64,
 }
 
 /// Whether the kernel reads large files straight from the store or the cache.
@@ -337,11 +364,18 @@ mod tests {
                 ..CacheStats::default()
             }),
             trusted_keys: vec!["x".repeat(72); KEYS_MAX],
+            supervised: Some(Supervised {
+                supervisor: u32::MAX,
+                workers: most,
+                deaths: most,
+                replacements: most,
+                poisoned: most,
+            }),
         };
         let mut value = serde_json::to_value(&stats).unwrap();
         assert!(serde_json::to_vec(&value).unwrap().len() < ANSWER_MAX);
         assert_eq!(serde_json::from_value::<Stats>(value.clone()).unwrap(), stats);
-        for new in ["process_threads", "store_hangs", "cache", "trusted_keys"] {
+        for new in ["process_threads", "store_hangs", "cache", "supervised", "trusted_keys"] {
             value.as_object_mut().unwrap().remove(new);
         }
         assert_eq!(serde_json::from_value::<Stats>(value).unwrap().cache, None);

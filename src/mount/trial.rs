@@ -7,12 +7,10 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nix::sys::statfs::statfs;
-
-use super::{Mounted, Options, attach, serve, table};
+use super::{Alive, Mounted, Options, alive, attach, serve, table};
 use crate::environment::Version;
 use crate::error::{IoContext, Result};
 use crate::store::{Index, Profile, Store};
@@ -95,18 +93,11 @@ pub fn end_trials() {
 pub fn clear_dead_trials() {
     let lines = table::lines().unwrap_or_default();
     for trial in lines.iter().filter_map(table::trial).filter(|trial| trial.root == Path::new("/")) {
-        if is_dead(trial.mount_point.clone()) {
+        if alive(&trial.mount_point, ANSWERS) == Alive::Dead {
             tracing::debug!(mount_point = %trial.mount_point.display(), "a dead trial is cleared");
             take_away(&trial.mount_point);
         }
     }
-}
-
-/// True when nobody serves the mount at `dir`. Its attributes may be cached; statfs always asks.
-fn is_dead(dir: PathBuf) -> bool {
-    let (tell, told) = mpsc::channel();
-    std::thread::spawn(move || tell.send(statfs(&dir).err() == Some(nix::Error::ENOTCONN)));
-    told.recv_timeout(ANSWERS).unwrap_or(false)
 }
 
 fn take_away(dir: &Path) {

@@ -7,11 +7,14 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::error::{Error, Kind, Result};
+use crate::sys;
 
 /// Threads of a mount's requests that wait. More requests queue.
 const WAITERS_MAX: usize = 1024;
 /// Threads that ask the store: as many calls may hang before others wait for one to end.
 const STORE_THREADS_MAX: usize = 128;
+/// Threads that bring what nobody waits for yet.
+const AHEAD_THREADS: usize = 4;
 /// Questions that may queue for those; what comes then is not waited for at all.
 const QUEUE_MAX: usize = 4096;
 /// They have small stacks: what they do is not deep, and there may be many.
@@ -27,8 +30,9 @@ pub struct Pool {
 }
 
 impl Pool {
-    fn new(name: &str, threads: usize) -> Result<Pool> {
+    fn new(name: &str, threads: usize, begin: fn()) -> Result<Pool> {
         let mut builder = Builder::new_current_thread();
+        builder.on_thread_start(begin);
         builder.max_blocking_threads(threads).thread_stack_size(STACK).thread_keep_alive(IDLE).thread_name(name);
         let runtime = builder.build().map_err(|source| no_threads().with_source(source))?;
         Ok(Pool { runtime: Some(runtime) })
@@ -36,7 +40,7 @@ impl Pool {
 
     /// For requests that may wait.
     pub fn of_waiters() -> Result<Pool> {
-        Pool::new("waiter", WAITERS_MAX)
+        Pool::new("waiter", WAITERS_MAX, || ())
     }
 
     /// Has `work` done by one of the threads, as soon as one is free.
@@ -64,15 +68,21 @@ fn no_threads() -> Error {
 #[derive(Debug)]
 pub(crate) struct StoreThreads {
     name: &'static str,
+    most: usize,
+    /// What each thread does first.
+    begin: fn(),
     pool: OnceLock<Option<Pool>>,
     asked: AtomicUsize,
 }
 
 /// For names and documents.
-pub(crate) static NAMES: StoreThreads = StoreThreads::new("store");
+pub(crate) static NAMES: StoreThreads = StoreThreads::new("store", STORE_THREADS_MAX, || ());
 
 /// For bytes of objects: names that hang do not keep them waiting, nor they names.
-pub(crate) static BYTES: StoreThreads = StoreThreads::new("fetch");
+pub(crate) static BYTES: StoreThreads = StoreThreads::new("fetch", STORE_THREADS_MAX, || ());
+
+/// For bytes that nobody waits for yet: few, and they give way to all others.
+pub(crate) static AHEAD: StoreThreads = StoreThreads::new("fetch-ahead", AHEAD_THREADS, sys::give_way);
 
 /// Counts a question out, whatever became of it.
 struct Asked(&'static StoreThreads);
@@ -84,8 +94,8 @@ impl Drop for Asked {
 }
 
 impl StoreThreads {
-    const fn new(name: &'static str) -> Self {
-        StoreThreads { name, pool: OnceLock::new(), asked: AtomicUsize::new(0) }
+    const fn new(name: &'static str, most: usize, begin: fn()) -> Self {
+        StoreThreads { name, most, begin, pool: OnceLock::new(), asked: AtomicUsize::new(0) }
     }
 
     /// Has `question` asked by one of the threads.
@@ -93,11 +103,11 @@ impl StoreThreads {
     /// # Errors
     /// [`Kind::TimedOut`] when thousands hang already.
     pub(crate) fn ask(&'static self, question: impl FnOnce() + Send + 'static) -> Result<()> {
-        let pool = self.pool.get_or_init(|| Pool::new(self.name, STORE_THREADS_MAX).ok());
+        let pool = self.pool.get_or_init(|| Pool::new(self.name, self.most, self.begin).ok());
         let pool = pool.as_ref().ok_or_else(no_threads)?;
         let before = self.asked.fetch_add(1, Ordering::Relaxed);
         let asked = Asked(self);
-        if before >= STORE_THREADS_MAX + QUEUE_MAX {
+        if before >= self.most + QUEUE_MAX {
             return Err(Error::new(Kind::TimedOut, "too many questions to the store are without an answer"));
         }
         pool.run(move || {

@@ -12,9 +12,10 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::gc::{BootTime, FRESH};
 use super::seal::{self, Unreadable};
 use super::signed::{Statement, replayed};
-use super::{Store, in_parallel, list_dirs, list_names, now, publish, read_document};
+use super::{Store, disk, in_parallel, list_dirs, list_names, now, parse, publish};
 use crate::environment::{EnvName, VERSION_FORMAT, Version};
 use crate::error::{Error, IoContext, Kind, Result};
 use std::fs::File;
@@ -69,7 +70,7 @@ impl Store {
         self.env_dir(name).join("versions").join(format!("{number}.json"))
     }
 
-    fn pointer_path(&self, name: &EnvName, sequence: u64) -> PathBuf {
+    pub(super) fn pointer_path(&self, name: &EnvName, sequence: u64) -> PathBuf {
         self.env_dir(name).join("current").join(format!("{sequence}.json"))
     }
 
@@ -136,7 +137,7 @@ impl Store {
     /// [`Kind::NotFound`] when there is none of that number, [`Kind::Unsupported`] when it is of a newer format.
     pub fn version(&self, name: &EnvName, number: u64) -> Result<Version> {
         let path = self.version_path(name, number);
-        let bytes = publish::read(&path).map_err(|error| match error.is_not_found() {
+        let bytes = self.read_anywhere(&path).map_err(|error| match error.is_not_found() {
             true => Error::new(Kind::NotFound, format!("{name} has no version {number}"))
                 .hint(format!("see `envfabric versions {name}`")),
             false => error,
@@ -218,10 +219,10 @@ impl Store {
         }
     }
 
-    fn read_pointer(&self, name: &EnvName, sequence: u64) -> Result<Pointer> {
+    pub(super) fn read_pointer(&self, name: &EnvName, sequence: u64) -> Result<Pointer> {
         let path = self.pointer_path(name, sequence);
         let bytes = publish::read(&path)?;
-        let pointer: Pointer = read_document(&path, &bytes)?;
+        let pointer: Pointer = parse(&path, &bytes)?;
         let wrong = |kind, what: &str| Err(Error::new(kind, format!("pointer {} {what}", path.display())));
         if pointer.format > 1 {
             return wrong(Kind::Unsupported, "is of a newer format").map_err(|e| e.hint("upgrade envfabric"));
@@ -236,7 +237,7 @@ impl Store {
     }
 
     /// Pointer 1 as the first version stands for it.
-    fn first_pointer(&self, name: &EnvName) -> Result<Option<Pointer>> {
+    pub(super) fn first_pointer(&self, name: &EnvName) -> Result<Option<Pointer>> {
         let path = self.version_path(name, 1);
         let modified = match File::open(&path).and_then(|file| file.metadata()) {
             Err(error) if matches!(error.kind(), NotFound | NotADirectory) => return Ok(None),
@@ -258,7 +259,7 @@ impl Store {
     }
 
     /// The highest sequence number in use, and the newest pointer that can be read.
-    fn last_pointer(&self, name: &EnvName) -> Result<(u64, Option<Pointer>)> {
+    pub(super) fn last_pointer(&self, name: &EnvName) -> Result<(u64, Option<Pointer>)> {
         let sequences = numbers(&self.env_dir(name).join("current"))?;
         match self.pointer(name) {
             Ok(pointer) => Ok((pointer.as_ref().map_or(0, |p| p.sequence), pointer)),
@@ -293,26 +294,18 @@ impl Store {
 
     /// Publishes `draft` under the next free number (`number` and `nonce` of the draft are ignored) and makes it
     /// current. Every object that it names must be in the store already.
-    pub fn publish_version(&self, mut draft: Version) -> Result<Claimed> {
+    pub fn publish_version(&self, draft: Version) -> Result<Claimed> {
+        self.publish_version_if(draft, |_| Ok(()))
+    }
+
+    /// The same, where the version is made current only if `whole` finds that all it names is there. It is asked when the
+    /// version can be seen: what a collector takes from then on, it brings back by itself.
+    pub fn publish_version_if(&self, draft: Version, whole: impl FnOnce(&Version) -> Result<()>) -> Result<Claimed> {
         self.require_writable()?;
         self.require_signer()?;
-        let name = draft.environment.clone();
-        draft.nonce = publish::nonce()?;
-        let newest = self.last_pointer(&name)?.1.map_or(0, |p| p.newest);
-        let number = self.version_numbers(&name)?.last().copied().unwrap_or(0).max(newest);
-        // A store that was restored from a backup may have lost numbers that are in use.
-        let mut number = number.max(self.highest_seen(&name)?) + 1;
-        loop {
-            draft.number = number;
-            if publish::bytes(
-                &self.root,
-                &self.version_path(&name, number),
-                &self.signed(Statement::Version, &name, number, &draft)?,
-            )? {
-                break;
-            }
-            number += 1;
-        }
+        let draft = self.claim_number(draft)?;
+        let (name, number) = (draft.environment.clone(), draft.number);
+        whole(&draft)?;
         match self.point(&name, Some(number), "create")? {
             Some(_) => Ok(Claimed::Current(draft)),
             None => match self.pointer(&name)? {
@@ -323,32 +316,35 @@ impl Store {
         }
     }
 
-    /// The version that was current before the environment was removed, or that is current.
-    pub fn last_current(&self, name: &EnvName) -> Result<Option<u64>> {
-        let sequences = numbers(&self.env_dir(name).join("current"))?;
-        let versions = sequences.into_iter().rev().map(|sequence| self.read_pointer(name, sequence));
-        match versions.flatten().find_map(|pointer| pointer.version) {
-            None => Ok(self.first_pointer(name)?.and_then(|first| first.version)),
-            last => Ok(last),
+    /// Publishes `draft` under a number that was never used.
+    fn claim_number(&self, mut draft: Version) -> Result<Version> {
+        let name = draft.environment.clone();
+        loop {
+            let looked = BootTime::now();
+            draft.nonce = publish::nonce()?;
+            let newest = self.last_pointer(&name)?.1.map_or(0, |p| p.newest);
+            let number = self.version_numbers(&name)?.last().copied().unwrap_or(0).max(newest);
+            // A store that was restored from a backup may have lost numbers that are in use.
+            let mut number = number.max(self.highest_seen(&name)?) + 1;
+            let path = loop {
+                draft.number = number;
+                let path = self.version_path(&name, number);
+                if publish::bytes(&self.root, &path, &self.signed(Statement::Version, &name, number, &draft)?)? {
+                    break path;
+                }
+                number += 1;
+            };
+            // A collector needs the grace time to free a number. Version 1 is free only where there never was a pointer.
+            if looked.elapsed() < FRESH || number == 1 {
+                return Ok(draft);
+            }
+            // Ours, and nothing points to it.
+            disk::remove(&path).at("removing", &path)?;
         }
     }
 
-    /// Makes version `number` current, whatever is now.
-    pub fn rollback(&self, name: &EnvName, number: u64) -> Result<Pointer> {
-        self.version(name, number)?;
-        self.point(name, Some(number), "rollback")?.ok_or_else(|| no_environment(name))
-    }
-
-    /// Drops the name. Versions stay on the store, and [`Store::rollback`] brings the name back.
-    ///
-    /// # Errors
-    /// [`Kind::NotFound`] when there is no such environment.
-    pub fn remove(&self, name: &EnvName) -> Result<Pointer> {
-        self.point(name, None, "remove")?.ok_or_else(|| no_environment(name))
-    }
-
     /// Claims the next sequence number. None when the rule of `reason` says to leave the pointer as it is.
-    fn point(&self, name: &EnvName, version: Option<u64>, reason: &str) -> Result<Option<Pointer>> {
+    pub(super) fn point(&self, name: &EnvName, version: Option<u64>, reason: &str) -> Result<Option<Pointer>> {
         self.require_writable()?;
         self.require_signer()?;
         let nonce = publish::nonce()?;
@@ -381,7 +377,7 @@ impl Store {
     }
 }
 
-fn no_environment(name: &EnvName) -> Error {
+pub(super) fn no_environment(name: &EnvName) -> Error {
     Error::new(Kind::NotFound, format!("there is no environment {name}"))
         .hint(format!("see `envfabric list`, or make it with `envfabric create {name} ...`"))
 }

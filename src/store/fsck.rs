@@ -2,12 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use serde::Serialize;
 
 use super::layer_writer::PACK_MAGIC;
 use super::object::{Object, ObjectFile, Room};
+use super::trash::Below;
 use super::{Node, Place, Store, StoredInterpreter, documents, list_names, read_json};
 use crate::environment::{Digest, EnvName, Summary};
 use crate::error::{Kind, Result};
@@ -48,12 +51,35 @@ pub struct FsckReport {
     pub versions: usize,
     /// Everything found, worst first.
     pub findings: Vec<Finding>,
+    /// The same for a repair.
+    #[serde(skip)]
+    pub(super) lost: Lost,
+}
+
+/// What is to be repaired.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Lost {
+    /// Objects that are there and not what their name says.
+    pub(super) objects: Vec<Below>,
+    /// Layers that are missing or lack something, and that a version or an interpreter needs, or that are there.
+    pub(super) layers: BTreeSet<Digest>,
+    /// Damaged keys and interpreters.
+    pub(super) documents: Vec<Below>,
+    /// Damaged versions.
+    pub(super) versions: Vec<(EnvName, u64)>,
+    /// Versions whose summaries lack something.
+    pub(super) versions_with_summaries: Vec<(EnvName, u64)>,
 }
 
 impl FsckReport {
     /// True when no environment is damaged.
     pub fn is_clean(&self) -> bool {
         self.findings.iter().all(|f| f.severity == Severity::Note)
+    }
+
+    /// Layers that can only be had back by building them again.
+    pub fn damaged_layers(&self) -> &BTreeSet<Digest> {
+        &self.lost.layers
     }
 }
 
@@ -63,8 +89,13 @@ type LayerState = Vec<(String, String)>;
 impl Store {
     /// Checks the whole store. `progress` is told `(done, total)` objects, from several threads.
     pub fn fsck(&self, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<FsckReport> {
+        self.fsck_at(None, progress)
+    }
+
+    /// The same, reading at most `rate` bytes a second, if there is one.
+    pub fn fsck_at(&self, rate: Option<u64>, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<FsckReport> {
         let mut report = FsckReport::default();
-        let objects = self.check_objects(&mut report, progress)?;
+        let objects = self.check_objects(&mut report, &Pace::new(rate), progress)?;
         let layers = self.check_layers(&mut report, &objects)?;
         self.check_keys_and_interpreters(&mut report, &layers)?;
         self.check_environments(&mut report, &layers, &objects)?;
@@ -74,6 +105,11 @@ impl Store {
             let problem = format!("{left} unfinished files (of running or killed commands)");
             report.findings.push(note("tmp".into(), problem));
         }
+        let trashed = self.trashed()?;
+        if !trashed.is_empty() {
+            let problem = format!("{} files that were collected and can still be had back", trashed.len());
+            report.findings.push(note("trash".into(), problem));
+        }
         report.findings.sort_by(|a, b| b.severity.cmp(&a.severity).then_with(|| a.cmp(b)));
         Ok(report)
     }
@@ -82,6 +118,7 @@ impl Store {
     fn check_objects(
         &self,
         report: &mut FsckReport,
+        pace: &Pace,
         progress: &(dyn Fn(usize, usize) + Sync),
     ) -> Result<BTreeMap<(&'static str, Digest), u64>> {
         let mut files: Vec<(Room, PathBuf)> = Vec::new();
@@ -89,12 +126,18 @@ impl Store {
             let dir = self.root.join(room.name());
             files.extend(list_names(&dir)?.into_iter().map(|name| (room, dir.join(name))));
         }
+        // What lies in the trash alone is still found by who needs it.
+        for (room, path) in self.trashed_places()? {
+            if let Some(room) = Room::ALL.into_iter().find(|r| r.name() == room).filter(|_| !path.exists()) {
+                files.push((room, path));
+            }
+        }
         let total = files.len();
         let done = std::sync::atomic::AtomicUsize::new(0);
         let checked: Vec<_> = files
             .par_iter()
             .map(|(room, path)| {
-                let result = self.check_object(*room, path);
+                let result = self.check_object(*room, path, pace);
                 progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, total);
                 (*room, path, result)
             })
@@ -107,7 +150,10 @@ impl Store {
                     report.bytes += size;
                     sound.insert((room.name(), digest), size);
                 }
-                Err(problem) => report.findings.push(error(self.relative(path), problem)),
+                Err(problem) => {
+                    report.lost.objects.push(self.below(path));
+                    report.findings.push(error(self.relative(path), problem));
+                }
             }
         }
         Ok(sound)
@@ -127,10 +173,13 @@ impl Store {
                 None => report.findings.push(note(format!("layers/{name}"), "is not ours".into())),
             }
         }
+        let trashed = self.trashed_places()?.into_iter().filter(|(room, _)| room == "layers");
+        digests.extend(trashed.filter_map(|(_, path)| path.file_stem()?.to_str()?.parse::<Digest>().ok()));
         // A layer without a document was never finished, or has lost it: whoever names it will be told so.
         let states: BTreeMap<Digest, LayerState> =
             digests.into_par_iter().filter_map(|digest| Some((digest, self.check_layer(&digest, objects)?))).collect();
         report.layers = states.len();
+        report.lost.layers.extend(states.iter().filter(|(_, state)| !state.is_empty()).map(|(layer, _)| *layer));
         Ok(states)
     }
 
@@ -197,7 +246,10 @@ impl Store {
                 Ok(Some(layer)) if layers.contains_key(&layer) => {}
                 // Nothing needs it: the next build of that package makes the layer anew.
                 Ok(_) => report.findings.push(note(object, "stands for a layer that is not there".into())),
-                Err(e) => report.findings.push(error(object, e.chain())),
+                Err(e) => {
+                    report.lost.documents.push(Below::new(&object));
+                    report.findings.push(error(object, e.chain()));
+                }
             }
         }
         let interpreters = self.root.join("interpreters");
@@ -207,11 +259,15 @@ impl Store {
                 Ok(interpreter) => {
                     for layer in [interpreter.layer, interpreter.scaffold] {
                         if !layers.contains_key(&layer) {
+                            report.lost.layers.insert(layer);
                             report.findings.push(error(object.clone(), format!("layer {layer} is not there")));
                         }
                     }
                 }
-                Err(e) => report.findings.push(error(object, e.chain())),
+                Err(e) => {
+                    report.lost.documents.push(Below::new(&object));
+                    report.findings.push(error(object, e.chain()));
+                }
             }
         }
         Ok(())
@@ -231,7 +287,10 @@ impl Store {
                 let numbers = self.version_numbers(&name)?;
                 match self.pointer(&name) {
                     Ok(Some(pointer)) => {
-                        if let Some(number) = pointer.version.filter(|n| !numbers.contains(n)) {
+                        let is_missing = |number: &u64| {
+                            !numbers.contains(number) && self.version(&name, *number).is_err_and(|e| e.is_not_found())
+                        };
+                        if let Some(number) = pointer.version.filter(is_missing) {
                             report
                                 .findings
                                 .push(error(name.to_string(), format!("current version {number} is missing")));
@@ -250,6 +309,7 @@ impl Store {
                             continue;
                         }
                         Err(e) => {
+                            report.lost.versions.push((name.clone(), number));
                             report.findings.push(error(object, e.chain()));
                             continue;
                         }
@@ -257,6 +317,7 @@ impl Store {
                     for layer in version.layers.iter().chain([&version.interpreter.layer, &version.scaffold]) {
                         match layers.get(layer) {
                             None => {
+                                report.lost.layers.insert(*layer);
                                 let missing = (format!("layer {layer}"), "is not in the store".to_string());
                                 problems.entry(missing).or_default().push(object.clone());
                             }
@@ -269,6 +330,7 @@ impl Store {
                     }
                     for summary in &version.summaries {
                         if let Some(problem) = self.check_summary(summary, objects) {
+                            report.lost.versions_with_summaries.push((name.clone(), number));
                             problems.entry(problem).or_default().push(object.clone());
                         }
                     }
@@ -293,12 +355,12 @@ impl Store {
         Ok(())
     }
 
-    fn check_object(&self, room: Room, path: &Path) -> Result<(Digest, u64), String> {
+    fn check_object(&self, room: Room, path: &Path, pace: &Pace) -> Result<(Digest, u64), String> {
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         let expected: Digest = name.parse().map_err(|_| "is not ours".to_string())?;
         let told = |e: crate::error::Error| e.chain();
         let object = ObjectFile::open_named(self, room, expected).map_err(told)?;
-        if object.hash().map_err(told)? != expected {
+        if object.hash_paced(&|bytes| pace.wait(bytes)).map_err(told)? != expected {
             return Err("does not have the bytes of its name".into());
         }
         if room == Room::Packs && !object.read_chunks(0, 1).map_err(told)?.starts_with(PACK_MAGIC) {
@@ -329,8 +391,40 @@ impl Store {
         Some((path, "(the catalogs of many layers) is missing or damaged".into()))
     }
 
-    fn relative(&self, path: &Path) -> String {
+    /// Rooms and places of what lies in the trash.
+    fn trashed_places(&self) -> Result<Vec<(String, PathBuf)>> {
+        let trashed = self.trashed()?.into_iter();
+        Ok(trashed.map(|trashed| (trashed.below.room().to_string(), self.place(&trashed.below))).collect())
+    }
+
+    pub(super) fn relative(&self, path: &Path) -> String {
         path.strip_prefix(&self.root).unwrap_or(path).display().to_string()
+    }
+}
+
+/// Lets so many bytes a second be read, by all threads together.
+struct Pace {
+    rate: Option<u64>,
+    /// When what was let through so far is paid for.
+    paid: Mutex<Instant>,
+}
+
+impl Pace {
+    fn new(rate: Option<u64>) -> Pace {
+        Pace { rate: rate.filter(|rate| *rate > 0), paid: Mutex::new(Instant::now()) }
+    }
+
+    /// Waits until `bytes` may be read.
+    fn wait(&self, bytes: u64) {
+        let Some(rate) = self.rate else { return };
+        let begin = {
+            let mut paid = self.paid.lock().unwrap_or_else(PoisonError::into_inner);
+            // What was not used is lost: no burst after a pause.
+            let begin = (*paid).max(Instant::now());
+            *paid = begin + Duration::from_secs_f64(bytes as f64 / rate as f64);
+            begin
+        };
+        std::thread::sleep(begin.saturating_duration_since(Instant::now()));
     }
 }
 

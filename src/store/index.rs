@@ -19,6 +19,17 @@ use crate::error::{Error, IoContext, Kind, Result};
 /// Bumped when the tables change; an index of another number is thrown away.
 const INDEX_FORMAT: i64 = 2;
 
+/// What [`Index::learn_all`] took in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Learned {
+    /// Documents of layers.
+    pub layers: usize,
+    /// Keys.
+    pub keys: usize,
+    /// Documents that cannot be read.
+    pub damaged: usize,
+}
+
 /// The index of one store on this machine.
 #[derive(Debug)]
 pub struct Index {
@@ -47,6 +58,47 @@ impl Index {
             Err(error) => return Err(unusable(error)),
         };
         Ok(Index { db: Mutex::new(db), layers: Mutex::default(), path })
+    }
+
+    /// Removes the index of `store` in directory `dir`. Processes that have it open go on with it.
+    pub fn forget(dir: &Path, store: &Store) -> Result<()> {
+        let path = dir.join(format!("index-{}.sqlite", store.fabric().id));
+        remove(&path);
+        match path.exists() {
+            false => Ok(()),
+            true => Err(Error::new(Kind::Failed, format!("the index {} cannot be removed", path.display()))
+                .hint("check the owner and mode of its directory")),
+        }
+    }
+
+    /// Takes in everything that `store` says: documents of layers, the summaries that versions name, keys. What cannot be
+    /// read is left out and counted.
+    pub fn learn_all(&self, store: &Store) -> Result<Learned> {
+        let mut learned = Learned::default();
+        let mut docs = Vec::new();
+        for doc in super::in_parallel(&store.listed_layers()?, |layer| store.layer(layer)) {
+            match doc {
+                Ok(doc) => docs.push(Arc::new(doc)),
+                Err(error) if error.is_not_found() => {}
+                Err(_) => learned.damaged += 1,
+            }
+        }
+        learned.layers = docs.len();
+        self.keep(&docs)?;
+        for summary in store.named_summaries()? {
+            match store.read_blob(&summary.blob).and_then(|bytes| super::documents(&bytes)) {
+                Ok(docs) => self.learn(&summary, docs)?,
+                Err(_) => learned.damaged += 1,
+            }
+        }
+        for key in store.listed_keys()? {
+            match store.layer_of_key(&key) {
+                Ok(Some(_)) => learned.keys += usize::from(self.layer_of_key(store, &key)?.is_some()),
+                Ok(None) => {}
+                Err(_) => learned.damaged += 1,
+            }
+        }
+        Ok(learned)
     }
 
     /// An index that lives as long as this value, for whoever has no place to keep one.
@@ -229,13 +281,9 @@ impl Index {
         };
         let Some(layer) = layer else { return Ok(None) };
         // What the index repeats may have gone from the store since.
-        let path = store.layer_path(&layer);
-        match fs::File::open(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                self.db().execute("DELETE FROM key WHERE key = ?1", [key.as_bytes()]).map_err(|e| self.told(e))?;
-                return Ok(None);
-            }
-            other => other.map(|_| ()).at("opening", &path)?,
+        if !store.has_layer(&layer) {
+            self.db().execute("DELETE FROM key WHERE key = ?1", [key.as_bytes()]).map_err(|e| self.told(e))?;
+            return Ok(None);
         }
         if known.is_none() {
             self.db()

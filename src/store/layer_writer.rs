@@ -17,7 +17,7 @@ use super::object::{Object, ObjectWriter, Room};
 use super::publish::{self, Trust, hash_chunks};
 use super::row::{Node, Place, is_component};
 use super::spine::{SpineText, TEXT_MAX, is_text, spine};
-use super::{LayerKind, Store, to_json};
+use super::{BootTime, FRESH, LayerKind, Store, to_json};
 use crate::environment::Digest;
 use crate::error::{Error, IoContext, Kind, Result};
 
@@ -133,13 +133,44 @@ impl<'a> LayerWriter<'a> {
             && believes
             && let Ok(doc) = self.store.layer(&digest)
             && self.store.has_objects_of(&doc)
+            && self.store.has_layer(&digest)
         {
             return Ok(doc);
         }
 
-        let blobs = self.write_blobs(&rows)?;
-        let pack = self.write_pack(&mut rows, meta.bytecode)?;
-        let bytes = catalog_bytes(&digest, pack.as_ref(), &rows)?;
+        // As often as a collector may end what this one has looked for while it slept: hardly once.
+        for _ in 0..3 {
+            let begun = BootTime::now();
+            let doc = self.write_objects(&digest, meta.clone(), &mut rows)?;
+            if begun.elapsed() > FRESH && !self.store.are_in_place(&doc)? {
+                continue;
+            }
+            let path = self.store.layer_path(&digest);
+            // Where another document names another catalog, that one is as good, if it is there.
+            publish::bytes_or_repair(self.store.root(), &path, &to_json(&doc)?, || {
+                let there = self.store.layer(&digest);
+                there.is_ok_and(|there| match believes {
+                    true => there.catalog == doc.catalog || self.store.has_objects_of(&there),
+                    false => there == doc,
+                })
+            })?;
+            // Objects that were there already may have been collected before the document could be seen.
+            if self.store.has_layer(&digest) && self.store.bring_back_layer(&digest)? {
+                let there = if believes { self.store.layer(&digest)? } else { doc.clone() };
+                if there == doc {
+                    self.store.has_made(&doc);
+                }
+                return Ok(there);
+            }
+        }
+        Err(super::gc::collected_layer(&digest))
+    }
+
+    /// Writes blobs, pack and catalog; returns the document that names them.
+    fn write_objects(&self, digest: &Digest, meta: LayerMeta, rows: &mut [(Vec<u8>, Prepared)]) -> Result<LayerDoc> {
+        let blobs = self.write_blobs(rows)?;
+        let pack = self.write_pack(rows, meta.bytecode)?;
+        let bytes = catalog_bytes(digest, pack.as_ref(), rows)?;
         // Another SQLite version may have written other bytes with the same rows: the document says whose are used.
         let catalog = Digest::of(&bytes);
         self.store.ensure_bytes(Room::Catalogs, &bytes, &catalog, self.trust)?;
@@ -150,14 +181,14 @@ impl<'a> LayerWriter<'a> {
         let spine = match meta.kind {
             LayerKind::Interpreter => Vec::new(),
             _ => {
-                let parents = parents(&rows);
+                let parents = parents(rows);
                 spine(rows.iter().zip(parents).map(|((path, row), parent)| (path.as_slice(), &row.node, parent)))
             }
         };
-        let texts = self.texts(&rows)?;
-        let doc = LayerDoc {
+        let texts = self.texts(rows)?;
+        Ok(LayerDoc {
             format: 1,
-            digest,
+            digest: *digest,
             claims: claims(rows.iter().filter(|(_, r)| !r.node.is_dir()).map(|(path, _)| path.as_slice())),
             meta,
             rows: rows.len() as u32,
@@ -172,17 +203,7 @@ impl<'a> LayerWriter<'a> {
             blobs,
             spine,
             texts,
-        };
-        let path = self.store.layer_path(&digest);
-        // Where another document names another catalog, that one is as good, if it is there.
-        publish::bytes_or_repair(self.store.root(), &path, &to_json(&doc)?, || {
-            self.store.layer(&digest).is_ok_and(|there| there.catalog == catalog || self.store.has_objects_of(&there))
-        })?;
-        let there = if believes { self.store.layer(&digest)? } else { doc.clone() };
-        if there == doc {
-            self.store.has_made(&doc);
-        }
-        Ok(there)
+        })
     }
 
     fn texts(&self, rows: &[(Vec<u8>, Prepared)]) -> Result<Vec<SpineText>> {

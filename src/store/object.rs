@@ -25,6 +25,7 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use serde::{Deserialize, Serialize};
 
 use super::chunks::{CHUNK_SIZE, Chunks};
+use super::disk::Writing;
 use super::publish::{self, Temporary, Trust};
 use super::{Codec, Store};
 use crate::environment::{Digest, Hasher};
@@ -99,7 +100,7 @@ impl Object {
 impl Store {
     /// Where an object lies.
     pub fn object_path(&self, object: &Object) -> PathBuf {
-        self.place(object.room.name(), &object.digest.to_string())
+        self.in_room(object.room.name(), &object.digest.to_string())
     }
 
     /// The file of an object, as it lies there.
@@ -108,16 +109,20 @@ impl Store {
     /// [`Kind::Corrupt`] when it is missing: something names it.
     pub(crate) fn open_object(&self, object: &Object) -> Result<File> {
         let path = self.object_path(object);
-        File::open(&path).at("opening", &path).map_err(|error| match error.is_not_found() {
-            true => Error::new(Kind::Corrupt, format!("{} is missing from the store", path.display()))
-                .hint("run `envfabric fsck` to see which environments need it"),
-            false => error,
-        })
+        match self.open_anywhere(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                Err(self.missing(&path.display().to_string()))
+            }
+            other => Ok(other.at("opening", &path)?.0),
+        }
     }
 
-    /// True when `object` is there, as far as `trust` asks.
+    /// True when `object` is there, as far as `trust` asks, to be used for something new.
     pub(super) fn has_object(&self, object: &Object, trust: Trust) -> bool {
         // The open is what revalidates on NFS; the size is asked of the handle.
+        if self.reuse(&self.object_path(object)).is_err() {
+            return false;
+        }
         let Ok(file) = ObjectFile::open_with(self, object, 0) else { return false };
         let has_size = match self.codec() {
             Codec::Raw => file.file.metadata().is_ok_and(|meta| meta.len() == object.size),
@@ -158,7 +163,7 @@ impl Store {
 pub(super) struct ObjectWriter<'s> {
     store: &'s Store,
     temporary: Temporary,
-    sink: Sink<BufWriter<File>>,
+    sink: Sink<BufWriter<Writing>>,
 }
 
 impl<'s> ObjectWriter<'s> {
@@ -267,7 +272,7 @@ impl ObjectFile {
     /// Opens what lies under the name of an object; its length is told by the file itself.
     pub(super) fn open_named(store: &Store, room: Room, digest: Digest) -> Result<ObjectFile> {
         let path = store.object_path(&Object { room, digest, size: 0 });
-        let file = File::open(&path).at("opening", &path)?;
+        let (file, _) = store.open_anywhere(&path).at("opening", &path)?;
         let stored = file.metadata().at("reading", &path)?.len();
         let size = match store.codec() {
             Codec::Raw => stored,
@@ -292,11 +297,17 @@ impl ObjectFile {
 
     /// The sha256 of its bytes, all of which are read.
     pub fn hash(&self) -> Result<Digest> {
+        self.hash_paced(&|_| ())
+    }
+
+    /// The same; `pace` is told before so many bytes are read, and may wait.
+    pub(super) fn hash_paced(&self, pace: &dyn Fn(u64)) -> Result<Digest> {
         const AT_ONCE: u64 = 16;
         let mut hasher = Hasher::default();
         let mut at = 0;
         while at < self.object.chunks() {
             let count = AT_ONCE.min(self.object.chunks() - at);
+            pace((at..at + count).map(|at| self.object.chunk_size(at)).sum());
             hasher.update(&self.read_chunks(at, count)?);
             at += count;
         }

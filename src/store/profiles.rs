@@ -18,7 +18,7 @@ use crate::error::{Error, Kind, Result};
 /// Starts after which a profile is taken for complete.
 pub const STARTS_ENOUGH: u32 = 3;
 /// Chunks that are not touched are brought along where they lie between touched ones, up to so many: a request less.
-const GAP: u64 = 4;
+const GAP: u64 = 6;
 
 /// What programs of a version touched when they started.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,6 +117,21 @@ impl Store {
         self.env_dir(name).join("profiles").join(number.to_string())
     }
 
+    /// Files of profiles that nobody needs: of versions that are not among `versions`, and those that a later one covers.
+    pub(super) fn idle_profiles(&self, name: &EnvName, versions: &[u64]) -> Result<Vec<PathBuf>> {
+        let root = self.env_dir(name).join("profiles");
+        let mut idle = Vec::new();
+        for version in list_names(&root)? {
+            let files = list_names(&root.join(&version))?;
+            let sequence = |file: &String| file.strip_suffix(".json")?.parse::<u64>().ok();
+            let newest = files.iter().filter_map(sequence).max();
+            let needed = version.parse().is_ok_and(|number| versions.contains(&number));
+            let is_idle = |file: &&String| !needed || sequence(file).is_some() && sequence(file) != newest;
+            idle.extend(files.iter().filter(is_idle).map(|file| root.join(&version).join(file)));
+        }
+        Ok(idle)
+    }
+
     /// What is known of the starts of a version, with its sequence number.
     pub fn profile(&self, name: &EnvName, number: u64) -> Result<Option<(u64, Profile)>> {
         let dir = self.profiles_dir(name, number);
@@ -174,12 +189,12 @@ mod tests {
 
     #[test]
     fn starts_are_merged_and_what_lies_close_is_brought_in_one_go() {
-        let first = Profile::of_start(vec![touched(b"a", &[(9, 10), (0, 2), (3, 4)]), touched(b"b", &[(5, 6)])]);
-        assert_eq!(first.objects[0].runs, [(0, 4), (9, 10)]);
+        let first = Profile::of_start(vec![touched(b"a", &[(19, 20), (0, 2), (3, 4)]), touched(b"b", &[(5, 6)])]);
+        assert_eq!(first.objects[0].runs, [(0, 4), (19, 20)]);
         let second = Profile::of_start(vec![touched(b"c", &[(1, 2)]), touched(b"a", &[(4, 8)])]);
         let both = first.merged(second);
         assert_eq!((both.starts, both.is_enough()), (2, false));
-        assert_eq!(both.objects[0].runs, [(0, 10)]);
+        assert_eq!(both.objects[0].runs, [(0, 8), (19, 20)]);
         assert_eq!(
             both.objects.iter().map(|t| t.digest).collect::<Vec<_>>(),
             [b"a", b"b", b"c"].map(|n| Digest::of(n))

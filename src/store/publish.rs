@@ -8,15 +8,16 @@
 //! sshfs numbers files by path. So documents, which carry a nonce or are what their name says, are compared byte by byte,
 //! and objects are judged by whoever published them ([`Temporary::link_or_repair`]).
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use super::Store;
 use super::chunks::{CHUNK_SIZE, ChunkHasher, Chunks};
+use super::disk::{self, Writing};
 use crate::environment::{Digest, Hasher};
 use crate::error::{Error, IoContext, Kind, Result};
 
@@ -46,7 +47,7 @@ pub(super) fn again_if_stale<T>(read: impl Fn() -> Result<T>) -> Result<T> {
 /// A file under `tmp/` that is removed unless it was given a name.
 pub(super) struct Temporary {
     path: PathBuf,
-    file: File,
+    file: Writing,
 }
 
 impl Temporary {
@@ -56,11 +57,11 @@ impl Temporary {
         let dir = root.join("tmp");
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let path = dir.join(format!("{}-{count}", nonce()?));
-        let open = || OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(&path);
-        let file = match open() {
+        let file = match Writing::create(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                fs::create_dir_all(&dir).at("creating", &dir)?;
-                open()
+                // Nothing above it: where the store is away, nothing must be written in its place.
+                disk::make_dir(&dir).at("creating", &dir)?;
+                Writing::create(&path)
             }
             other => other,
         }
@@ -68,7 +69,7 @@ impl Temporary {
         Ok(Temporary { path, file })
     }
 
-    pub(super) fn file(&mut self) -> &mut File {
+    pub(super) fn file(&mut self) -> &mut Writing {
         &mut self.file
     }
 
@@ -87,18 +88,18 @@ impl Temporary {
 
     /// Gives it the name `target` in one of the ways of `naming`; what has that name already, if it may be another file.
     fn claim(&self, target: &Path, naming: &[Name]) -> Result<Option<File>> {
-        self.file.set_permissions(fs::Permissions::from_mode(0o444)).at("setting the mode of", &self.path)?;
+        self.file.seal().at("setting the mode of", &self.path)?;
         let parent = target.parent().unwrap_or(Path::new("/"));
         let mut made_parent = !parent.exists();
         if made_parent {
             // The disk is waited for once, not for one after the other.
             std::thread::scope(|scope| {
                 let made = scope.spawn(|| make_dirs(parent));
-                self.file.sync_all().at("syncing", &self.path)?;
+                self.file.sync().at("syncing", &self.path)?;
                 made.join().unwrap_or_else(|_| make_dirs(parent))
             })?;
         } else {
-            self.file.sync_all().at("syncing", &self.path)?;
+            self.file.sync().at("syncing", &self.path)?;
         }
         for name in naming {
             let mut named = name(&self.path, target);
@@ -133,7 +134,8 @@ impl Temporary {
             return Ok(false);
         }
         let mut bytes = (Vec::new(), Vec::new());
-        self.file.rewind().and_then(|()| self.file.read_to_end(&mut bytes.0)).at("reading", &self.path)?;
+        let ours = self.file.file();
+        ours.rewind().and_then(|()| ours.read_to_end(&mut bytes.0)).at("reading", &self.path)?;
         there.read_to_end(&mut bytes.1).at("reading", target)?;
         Ok(bytes.0 == bytes.1)
     }
@@ -145,7 +147,7 @@ impl Temporary {
             return Ok(());
         }
         tracing::warn!(object = %target.display(), "a damaged object is replaced by a sound one");
-        fs::rename(&self.path, target).at("replacing", target)?;
+        disk::rename(&self.path, target).at("replacing", target)?;
         sync_dir(target.parent().unwrap_or(Path::new("/")))
     }
 }
@@ -192,7 +194,7 @@ impl Store {
             other => other.map(|_| Named::ByLinks),
         };
         let again = named.and_then(|named| Ok((named, written(&self.root, b"another")?.link(&target)?)));
-        let _ = fs::remove_file(&target);
+        let _ = disk::remove(&target);
         match again? {
             (named, false) => Ok(Tried { named, server, before, after }),
             (_, true) => {
@@ -207,12 +209,14 @@ impl Store {
 type Name = fn(&Path, &Path) -> io::Result<()>;
 
 /// The ways there are, the better one first.
-const NAMING: [Name; 2] = [|from, to| fs::hard_link(from, to), rename_new];
+const NAMING: [Name; 2] = [disk::link, disk::rename_new];
 
-/// Renames; never replaces.
-fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
-    Ok(renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE)?)
+/// Gives `from` the name `to` too, or, where there are no second names, instead; never replaces.
+pub(super) fn name_again(from: &Path, to: &Path) -> io::Result<()> {
+    match disk::link(from, to) {
+        Err(error) if is_missing(&error) => disk::rename_new(from, to),
+        other => other,
+    }
 }
 
 /// True for how file systems say that they cannot do what was asked: vfat and sshfs EPERM, FUSE ENOSYS, SMB EOPNOTSUPP;
@@ -225,12 +229,13 @@ fn is_missing(error: &io::Error) -> bool {
 impl Drop for Temporary {
     fn drop(&mut self) {
         // A linked name keeps the bytes, a renamed file is not here; an error leaves a stray file in tmp/.
-        let _ = fs::remove_file(&self.path);
+        let _ = disk::remove(&self.path);
     }
 }
 
-fn sync_dir(dir: &Path) -> Result<()> {
-    match File::open(dir).and_then(|d| d.sync_all()) {
+/// Makes the names in `dir` durable.
+pub(super) fn sync_dir(dir: &Path) -> Result<()> {
+    match disk::sync_dir(dir) {
         // Some network file systems do not fsync directories; they make names durable with the reply.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EBADF)) => Ok(()),
         other => other.at("syncing", dir),
@@ -238,9 +243,9 @@ fn sync_dir(dir: &Path) -> Result<()> {
 }
 
 /// Makes `dir` and what is missing above it, durably.
-fn make_dirs(dir: &Path) -> Result<()> {
+pub(super) fn make_dirs(dir: &Path) -> Result<()> {
     let missing: Vec<&Path> = dir.ancestors().take_while(|d| !d.exists()).collect();
-    fs::create_dir_all(dir).at("creating", dir)?;
+    missing.iter().rev().try_for_each(|dir| disk::make_dir(dir).at("creating", dir))?;
     missing.iter().filter_map(|made| made.parent()).try_for_each(sync_dir)
 }
 
@@ -340,7 +345,7 @@ mod tests {
             let root = tempfile::tempdir().unwrap();
             let target = root.path().join("1.json");
             let mut ours = written(root.path(), b"with a nonce").unwrap();
-            let there = ours.claim(&target, &[link, rename_new]).unwrap();
+            let there = ours.claim(&target, &[link, disk::rename_new]).unwrap();
             assert_eq!(there.is_none(), i == 0, "only an inode tells at once");
             assert!(there.is_none_or(|there| ours.is_same_as(there, &target).unwrap()));
         }
@@ -351,12 +356,12 @@ mod tests {
         let lacks: Name = |_, _| Err(io::Error::from_raw_os_error(libc::EPERM));
         let root = tempfile::tempdir().unwrap();
         let target = root.path().join("envs/1.json");
-        assert!(written(root.path(), b"first").unwrap().claim(&target, &[lacks, rename_new]).unwrap().is_none());
+        assert!(written(root.path(), b"first").unwrap().claim(&target, &[lacks, disk::rename_new]).unwrap().is_none());
         let mut second = written(root.path(), b"other").unwrap();
-        let there = second.claim(&target, &[lacks, rename_new]).unwrap().expect("the name is taken");
+        let there = second.claim(&target, &[lacks, disk::rename_new]).unwrap().expect("the name is taken");
         assert!(!second.is_same_as(there, &target).unwrap());
         // As when another builder takes the name in between.
-        assert_eq!(rename_new(&second.path, &target).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(disk::rename_new(&second.path, &target).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         drop(second);
         assert_eq!(fs::read(&target).unwrap(), b"first");
         assert_eq!(fs::read_dir(root.path().join("tmp")).unwrap().count(), 0);

@@ -51,6 +51,14 @@ impl Store {
 
     /// Puts the catalogs of `docs` one after the other into one object; returns the documents, which say where.
     fn bundle(&self, docs: &[Arc<LayerDoc>], trust: Trust) -> Result<Vec<LayerDoc>> {
+        let docs: Vec<LayerDoc> = docs.iter().map(|doc| LayerDoc::clone(doc)).collect();
+        let (docs, all) = self.bundled(&docs)?;
+        self.ensure_bytes(Room::Catalogs, &all, &Digest::of(&all), trust)?;
+        Ok(docs)
+    }
+
+    /// The catalogs of `docs` one after the other, and the documents, which say where in that.
+    pub(super) fn bundled(&self, docs: &[LayerDoc]) -> Result<(Vec<LayerDoc>, Vec<u8>)> {
         let mut all = Vec::new();
         let mut starts = Vec::with_capacity(docs.len());
         for doc in docs {
@@ -66,16 +74,16 @@ impl Store {
             all.extend(bytes);
         }
         let (digest, size) = (Digest::of(&all), all.len() as u64);
-        self.ensure_bytes(Room::Catalogs, &all, &digest, trust)?;
-        let bundled = |(doc, at): (&Arc<LayerDoc>, u64)| {
+        let bundled = |(doc, at): (&LayerDoc, u64)| {
             let bundle = Some(Bundle { digest, size, at });
-            LayerDoc { bundle, ..LayerDoc::clone(doc) }
+            LayerDoc { bundle, ..doc.clone() }
         };
-        Ok(docs.iter().zip(starts).map(bundled).collect())
+        Ok((docs.iter().zip(starts).map(bundled).collect(), all))
     }
 }
 
-fn pack(docs: &[LayerDoc]) -> Result<Vec<u8>> {
+/// The bytes of a summary.
+pub(super) fn pack(docs: &[LayerDoc]) -> Result<Vec<u8>> {
     let failed = |what: String| Error::new(Kind::Failed, format!("a summary cannot be written: {what}"));
     let text = serde_json::to_vec(docs).map_err(|error| failed(error.to_string()))?;
     zstd::bulk::compress(&text, 9).map_err(|error| failed(error.to_string()))

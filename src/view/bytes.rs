@@ -66,12 +66,13 @@ impl Tree {
             }
             (Some(cache), Some(layer)) => {
                 let chunks = || self.with_catalog(layer, |catalog| catalog.chunks(&at.object.digest, at.object.size));
+                let read = cache.read(&at.object, chunks, position, size);
                 if at.object.room == Room::Packs && self.begun.get(&at.object).is_none() && !self.is_preparing() {
                     let hot = self.layer_doc(layer)?.pack_hot.div_ceil(CHUNK_SIZE);
                     cache.ask_around(&at.object, chunks, 0, hot)?;
                     self.begun.put(at.object, ());
                 }
-                let bytes = cache.read(&at.object, chunks, position, size)?;
+                let bytes = read?;
                 if offset == 0 && size < at.size {
                     for range in loading::ranges(&bytes) {
                         let first = (at.offset + range.start) / CHUNK_SIZE;

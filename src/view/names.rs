@@ -23,6 +23,8 @@ use std::hash::Hash;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use super::keys::WasCurrent;
+use super::slots::Slots;
 use crate::environment::{EnvName, Version};
 use crate::error::{Error, Kind, Result};
 use crate::patience::{self, Answered, Flights};
@@ -93,6 +95,10 @@ pub(super) struct Names {
     witness: Mutex<HashMap<String, EnvName>>,
     /// Environments of which a version was shown.
     used: Mutex<HashSet<EnvName>>,
+    /// Which of their versions were current, for processes that serve the mount after this one.
+    shown: OnceLock<Slots<WasCurrent>>,
+    /// The version of each that was current last, as processes before this one saw it.
+    before: OnceLock<HashMap<EnvName, u64>>,
     changes: Mutex<Vec<NameChange>>,
     outage: Outage,
     begun: Time,
@@ -131,6 +137,8 @@ impl Names {
             versions: Cells::new(Some(begun)),
             witness: Mutex::default(),
             used: Mutex::default(),
+            shown: OnceLock::new(),
+            before: OnceLock::new(),
             changes: Mutex::default(),
             outage: Outage::default(),
             begun,
@@ -493,10 +501,40 @@ impl Names {
     }
 
     /// Says that a version of `name` was shown: from now on its paths stay, even if it is removed.
-    pub(super) fn mark_used(&self, name: &EnvName) {
+    pub(super) fn mark_used(self: &Arc<Self>, name: &EnvName) {
         let mut used = lock(&self.used);
-        if !used.contains(name) {
-            used.insert(name.clone());
+        if used.contains(name) {
+            return;
+        }
+        used.insert(name.clone());
+        drop(used);
+        if let Some((known, _)) = self.pointers.look(name, Age::Any, false)
+            && let Some(last) = known.value.last
+        {
+            self.note_shown(name, last, known.value.sequence);
+        }
+    }
+
+    /// Goes on where an earlier process has ended: `shown` are the versions that were current, in order.
+    pub(super) fn go_on(&self, shown: Slots<WasCurrent>) {
+        let before: HashMap<EnvName, u64> = shown.keys().into_iter().map(|was| (was.env, was.number)).collect();
+        lock(&self.used).extend(before.keys().cloned());
+        // It is said once.
+        let _ = self.before.set(before);
+        let _ = self.shown.set(shown);
+    }
+
+    /// The version of `name` that an earlier process saw as current last.
+    fn seen_before(&self, name: &EnvName) -> Option<u64> {
+        self.before.get()?.get(name).copied()
+    }
+
+    /// Writes down that `number` is current by pointer `sequence`, where a version of `name` was shown.
+    fn note_shown(&self, name: &EnvName, number: u64, sequence: u64) {
+        if let Some(shown) = self.shown.get()
+            && let Err(error) = shown.ensure(&WasCurrent { env: name.clone(), number, sequence })
+        {
+            tracing::warn!(error = error.chain(), "what is shown cannot be written down");
         }
     }
 }

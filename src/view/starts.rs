@@ -261,11 +261,14 @@ impl Tree {
         }
     }
 
-    /// Lets the thread of [`Tree::run_ahead`] end.
+    /// Lets the threads of [`Tree::run_ahead`] and [`Tree::hold_leases`] end.
     pub fn end(&self) {
         self.starts.ended.store(true, Ordering::Relaxed);
-        let _queue = lock(&self.starts.queue);
-        self.starts.queued.notify_all();
+        {
+            let _queue = lock(&self.starts.queue);
+            self.starts.queued.notify_all();
+        }
+        self.leases.end();
     }
 
     fn profile_of(&self, version: u32) -> Result<Option<Profile>> {

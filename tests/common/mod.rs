@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use envfabric::environment::{Builder, Digest, Document, EnvName, InterpreterRef, Source, VERSION_FORMAT, Version};
-use envfabric::store::{Codec, Index, LayerKind, LayerMeta, LayerWriter, Staged, StagedKind, Store, now};
+use envfabric::store::{Codec, Index, LayerKind, LayerMeta, LayerWriter, Store, now};
+pub use envfabric::store::{Staged, StagedKind};
 use tempfile::TempDir;
 
 /// Ends a test that cannot run here, and says why.

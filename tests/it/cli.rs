@@ -21,7 +21,9 @@ const VERBS: &[&str] = &[
     "warm",
     "profile",
     "stats",
+    "gc",
     "fsck",
+    "index",
     "doctor",
     "completions",
     "man",
@@ -61,6 +63,12 @@ fn wrong_usage_is_exit_code_2_and_says_what_to_write() {
         (vec!["create", "a/b", "six", "--lock", "x", "--project", "y"], "cannot be used with"),
         (vec!["show", "a/b@zero"], "version number"),
         (vec!["rollback", "a/b", "-1"], "-1"),
+        (vec!["gc", "--keep", "0"], "1.."),
+        (vec!["gc", "--keep", "2", "--keep-for", "3d"], "cannot be used with"),
+        (vec!["gc", "--grace", "5"], "24h"),
+        (vec!["gc", "--keep-for=-3h"], "24h"),
+        (vec!["fsck", "--rate", "0"], "20MB"),
+        (vec!["index"], "rebuild"),
         (vec!["run", "a/b"], "COMMAND"),
         (vec!["--config", "/nonexistent.toml", "list"], "/nonexistent.toml"),
         (vec!["completions", "tcsh"], "bash"),
@@ -142,12 +150,13 @@ fn many_runs_at_once_with_nothing_mounted_share_one_mount() {
         assert_eq!(mounts.lines().filter(|l| l.contains(&at)).count(), 1);
         world.ok(["umount"]);
     }
-    // Mounting what is mounted changes nothing. A mount whose process was killed is made anew.
+    // Mounting what is mounted changes nothing. A mount whose processes were killed is made anew.
     assert_eq!(world.json(["mount"])["existed"], false);
     assert_eq!(world.json(["mount"])["existed"], true);
-    let at = world.dir().join("envs");
-    let server = check(Command::new("pgrep").args(["-f", &format!("mount --notify {}$", at.display())]));
-    check(Command::new("kill").args(["-9", server.trim()]));
+    let told = world.json(["stats"]);
+    for pid in [&told["supervised"]["supervisor"], &told["pid"]] {
+        check(Command::new("kill").args(["-9", &pid.to_string()]));
+    }
     world.ok(["run", "demo/hello", "--", "python", "-c", "import six"]);
     world.ok(["umount"]);
     // A mount of a part of the store, elsewhere, is no mount of it.
@@ -192,8 +201,10 @@ fn stats_tells_what_a_mount_has_done_and_a_dead_or_stopped_one_is_not_waited_for
     assert!(found.contains("used by the mount at"), "{found}");
     assert_eq!(told["passthrough"]["used"], !found.contains("not used"));
 
-    let pid = nix::unistd::Pid::from_raw(told["pid"].as_i64().unwrap() as i32);
-    let send = |signal| nix::sys::signal::kill(pid, signal).unwrap();
+    // What replaces a process that serves is stopped first, and then killed first.
+    let pids = [&told["supervised"]["supervisor"], &told["pid"]];
+    let pids = pids.map(|pid| nix::unistd::Pid::from_raw(pid.as_i64().unwrap() as i32));
+    let send = |signal| pids.iter().for_each(|pid| nix::sys::signal::kill(*pid, signal).unwrap());
     send(nix::sys::signal::Signal::SIGSTOP);
     let start = std::time::Instant::now();
     let stopped = world.output(["stats"]);

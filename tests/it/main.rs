@@ -11,6 +11,7 @@ mod copies;
 mod documents;
 mod faults;
 mod imports;
+mod keeping;
 mod network;
 mod side_by_side;
 mod signing;

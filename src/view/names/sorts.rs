@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::Arc;
 
-use super::cells::{Age, Cells, Known};
+use super::cells::{Age, Cells, Known, lock};
 use super::{NameChange, Names, Pointed, Source, WATCHED};
 use crate::environment::EnvName;
 use crate::error::Result;
@@ -139,7 +139,12 @@ impl Sort for Pointers {
         if before.is_some_and(|before| before.sequence > pointer.sequence) {
             return Ok(None);
         }
-        let (now, last) = (pointer.version, before.and_then(|b| b.last));
+        let (now, last) = (pointer.version, before.map_or_else(|| names.seen_before(name), |before| before.last));
+        if let Some(now) = now.filter(|now| Some(*now) != last)
+            && lock(&names.used).contains(name)
+        {
+            names.note_shown(name, now, pointer.sequence);
+        }
         Ok(Some(Pointed { now, last: now.or(last), sequence: pointer.sequence }))
     }
 

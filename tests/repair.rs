@@ -1,0 +1,149 @@
+//! Repairing a store without building: what is put aside, what stays, what is made again.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use common::*;
+use envfabric::environment::{Digest, Version};
+use envfabric::store::{Codec, GcOptions, Index, Store};
+
+/// Replaces the file at `path`, which is read-only.
+fn replace(path: &Path, bytes: &[u8]) {
+    fs::remove_file(path).unwrap();
+    fs::write(path, bytes).unwrap();
+}
+
+fn flip(path: &Path) -> Vec<u8> {
+    let good = fs::read(path).unwrap();
+    let mut bad = good.clone();
+    let middle = bad.len() / 2;
+    bad[middle] ^= 1;
+    replace(path, &bad);
+    good
+}
+
+/// A version with a summary and its bundle, as `create` makes it.
+fn publish(fixture: &Fixture, name: &str) -> Version {
+    let draft = fixture.draft(name, fixture.packages());
+    let all: Vec<Digest> = [fixture.python, fixture.scaffold].into_iter().chain(draft.layers.clone()).collect();
+    let summaries = fixture.store.ensure_summaries(&fixture.index, &all, false).unwrap();
+    fixture.store.publish_version(Version { summaries, ..draft }).unwrap().version().clone()
+}
+
+fn findings(store: &Store) -> usize {
+    store.fsck(&|_, _| {}).unwrap().findings.iter().filter(|f| f.severity == envfabric::store::Severity::Error).count()
+}
+
+#[test]
+fn what_nobody_needs_is_moved_and_what_can_still_be_read_in_part_stays() {
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    let version = publish(&fixture, "demo/a");
+    let idle = store.ensure_blob(b"nobody needs this").unwrap();
+    let needed = store.blob_path(&store.layer(&version.layers[0]).unwrap().blobs[0]);
+    flip(&store.blob_path(&idle));
+    flip(&needed);
+    let bad = fs::read(&needed).unwrap();
+    let key = Digest::of(b"key");
+    store.publish_key(&key, &version.layers[0]).unwrap();
+    let key_path = store.root().join(format!("keys/{key}.json"));
+    flip(&key_path);
+    let report = store.fsck(&|_, _| {}).unwrap();
+    assert_eq!(report.damaged_layers().iter().collect::<Vec<_>>(), [&version.layers[0]]);
+    let done = store.repair_documents(&report).unwrap();
+    assert_eq!((done.moved.len(), done.copied.len()), (2, 1), "{done:?}");
+    assert!(!store.blob_path(&idle).exists() && !key_path.exists());
+    assert_eq!(fs::read(&needed).unwrap(), bad, "what is sound of it is still served");
+    assert_eq!(fixture.index.layer_of_key(store, &key).unwrap(), None);
+    // Once more changes nothing but that.
+    let report = store.fsck(&|_, _| {}).unwrap();
+    assert!(store.repair_documents(&report).unwrap().moved.is_empty());
+}
+
+#[test]
+fn summaries_and_bundles_are_made_again_as_they_were() {
+    for codec in [Codec::Raw, Codec::Zstd] {
+        let fixture = Fixture::with(codec);
+        let store = &fixture.store;
+        let version = publish(&fixture, "demo/a");
+        let summary = store.blob_path(&version.summaries[0].blob);
+        let docs = envfabric::store::documents(&store.read_blob(&version.summaries[0].blob).unwrap()).unwrap();
+        let bundle = store.catalog_path(&docs[0].bundle.unwrap().digest);
+        for paths in [vec![&summary], vec![&bundle], vec![&summary, &bundle]] {
+            let good: Vec<Vec<u8>> = paths.iter().map(|path| flip(path)).collect();
+            assert!(findings(store) > 0);
+            let report = store.fsck(&|_, _| {}).unwrap();
+            assert!(report.damaged_layers().is_empty());
+            assert!(store.repair_documents(&report).unwrap().made_again > 0);
+            assert_eq!(findings(store), 0);
+            for (path, good) in paths.iter().zip(good) {
+                assert_eq!(fs::read(path).unwrap(), good);
+            }
+            for path in paths {
+                fs::remove_file(path).unwrap();
+            }
+            store.repair_documents(&store.fsck(&|_, _| {}).unwrap()).unwrap();
+            assert_eq!(findings(store), 0);
+        }
+    }
+}
+
+#[test]
+fn a_version_that_cannot_be_read_is_put_aside_and_its_number_stays_used() {
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    let name = fixture.name("demo/a");
+    publish(&fixture, "demo/a");
+    flip(&store.root().join("envs/demo/a/versions/1.json"));
+    assert!(store.gc(&GcOptions::default(), &|_| {}).is_err(), "nobody knows what it needs");
+    let done = store.repair_documents(&store.fsck(&|_, _| {}).unwrap()).unwrap();
+    assert_eq!(done.moved, ["envs/demo/a/versions/1.json"]);
+    store.gc(&GcOptions::default(), &|_| {}).unwrap();
+    assert!(store.current(&name).unwrap_err().is_not_found());
+    assert_eq!(publish(&fixture, "demo/a").number, 2);
+    assert_eq!(findings(store), 0);
+    flip(&store.root().join("envs/demo/a/versions/2.json"));
+    store.repair_documents(&store.fsck(&|_, _| {}).unwrap()).unwrap();
+    assert_eq!(publish(&fixture, "demo/a").number, 3);
+}
+
+#[test]
+fn an_index_is_built_again_from_the_store() {
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    let version = publish(&fixture, "demo/a");
+    let key = Digest::of(b"key");
+    store.publish_key(&key, &version.layers[0]).unwrap();
+    let dir = fixture.place("another index");
+    let index = Index::open(&dir, store).unwrap();
+    let path = index.path().to_path_buf();
+    drop(index);
+    Index::forget(&dir, store).unwrap();
+    assert!(!path.exists());
+    let index = Index::open(&dir, store).unwrap();
+    let learned = index.learn_all(store).unwrap();
+    assert_eq!((learned.layers, learned.keys, learned.damaged), (5, 1, 0));
+    assert!(index.unknown(&version.layers).unwrap().is_empty());
+    assert_eq!(index.layer_of_key(store, &key).unwrap(), Some(version.layers[0]));
+    // A summary that is known is not written again.
+    let before = fs::read_dir(store.tmp()).unwrap().count();
+    assert_eq!(store.ensure_summaries(&index, &version.layers, false).unwrap(), version.summaries);
+    assert_eq!(fs::read_dir(store.tmp()).unwrap().count(), before);
+}
+
+#[test]
+fn a_check_reads_no_faster_than_it_is_told() {
+    let fixture = Fixture::new();
+    publish(&fixture, "demo/a");
+    let begun = Instant::now();
+    let report = fixture.store.fsck_at(Some(20_000_000), &|_, _| {}).unwrap();
+    // What was read last need not be paid for.
+    let least = Duration::from_secs_f64((report.bytes - 1_000_000) as f64 / 20_000_000.0);
+    assert!(begun.elapsed() >= least, "{:?} for {} bytes", begun.elapsed(), report.bytes);
+    assert!(report.is_clean());
+}
