@@ -237,8 +237,8 @@ pub fn create(context: &Context<'_>, request: &Request) -> Result<Created> {
 
 fn create_once(context: &Context<'_>, request: &Request) -> Result<Created> {
     context.store.require_writable()?;
-    let begun = BootTime::now();
     context.store.require_signer()?;
+    let begun = BootTime::now();
     let name = &request.name;
     let waiting = || context.progress.event(&Event::Step(Step::Waiting));
     let lock = format!("env-{}", Digest::of(format!("{} {name}", context.store.fabric().id).as_bytes()).short());

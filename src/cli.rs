@@ -218,7 +218,10 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
     }
     let store = cli.global.store.filter(|path| !path.as_os_str().is_empty());
     let settings = Settings::load(store, cli.global.config.as_deref(), cli.global.signing)?;
-    let publishes = matches!(cli.verb, Verb::Create(_) | Verb::Rollback(_) | Verb::Remove(_) | Verb::Python(_));
+    let publishes = matches!(
+        cli.verb,
+        Verb::Create(_) | Verb::Rollback(_) | Verb::Remove(_) | Verb::Python(_) | Verb::Gc(_) | Verb::Fsck(_)
+    );
     let context = Context { settings, config: cli.global.config, verbose: cli.global.verbose, publishes, out };
     match cli.verb {
         Verb::Init(verb) => verb.run(&context),

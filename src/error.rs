@@ -35,11 +35,11 @@ pub enum Kind {
     WouldWait,
     /// The store has not answered in time.
     TimedOut,
-    /// What was to be used again was collected meanwhile; it can be built again.
-    Collected,
     /// It is not signed as this machine asks for: unsigned, altered, by a key that is not trusted, or an old statement
     /// where a newer one was seen.
     Rejected,
+    /// What was to be used again was collected meanwhile; it can be built again.
+    Collected,
 }
 
 impl Kind {
@@ -81,8 +81,8 @@ impl Kind {
             Kind::Interrupted => "interrupted",
             Kind::WouldWait => "would-wait",
             Kind::TimedOut => "timed-out",
-            Kind::Collected => "collected",
             Kind::Rejected => "rejected",
+            Kind::Collected => "collected",
         }
     }
 }

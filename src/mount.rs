@@ -179,9 +179,10 @@ fn ready(tree: Tree, options: &Options, dir: &Path, records: bool, tenure: &Tenu
     attach::raise_open_files();
     let distant = options.distant.unwrap_or_else(|| !is_local(tree.store().root()));
     let tree = if distant { tree.distant(options.patience) } else { tree };
-    let trusts = tree.store().trust().is_some();
-    let (tree, temporary) = match distant || options.cache_always || tree.store().codec() != Codec::Raw || trusts {
-        true if tenure.rehearses => (with_cache_if_free(tree, options)?, None),
+    let caches =
+        distant || options.cache_always || tree.store().codec() != Codec::Raw || tree.store().trust().is_some();
+    let (tree, temporary) = match caches {
+        true if tenure.rehearses => with_cache_if_free(tree, options)?,
         true => with_cache(tree, options)?,
         false => (tree, None),
     };
@@ -313,11 +314,16 @@ fn mounted_at(dir: &Path) -> Result<Mountpoint> {
 }
 
 /// `tree` with a cache as `options` say, if no other process has it.
-fn with_cache_if_free(tree: Tree, options: &Options) -> Result<Tree> {
-    let Some(keep) = &options.cache else { return Ok(tree) };
+fn with_cache_if_free(tree: Tree, options: &Options) -> Result<(Tree, Option<TempDir>)> {
+    // What must be signed is compared in a cache, even for a try.
+    let signed = tree.store().trust().is_some();
+    let Some(keep) = &options.cache else { return if signed { with_cache(tree, options) } else { Ok((tree, None)) } };
     match Cache::open(keep.clone().for_keys_of(tree.store()), tree.store().clone()) {
-        Ok(cache) => Ok(tree.cached(Arc::new(cache))),
-        Err(error) if error.kind() == Kind::Busy => Ok(tree),
+        Ok(cache) => Ok((tree.cached(Arc::new(cache)), None)),
+        Err(error) if error.kind() == Kind::Busy && signed => {
+            with_cache(tree, &Options { cache: None, ..options.clone() })
+        }
+        Err(error) if error.kind() == Kind::Busy => Ok((tree, None)),
         Err(error) => Err(error),
     }
 }

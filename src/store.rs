@@ -12,10 +12,10 @@
 //!   envs/<workflow>/<node>/versions/<n>.json immutable version documents
 //!   envs/<workflow>/<node>/current/<seq>.json which version is current; the highest sequence number wins; from 2 on
 //!   envs/<workflow>/<node>/profiles/<n>/<seq>.json what first starts of a version read; nothing needs them
+//!   policy/<seq>.json                        who is to sign versions, for those who publish
 //!   leases/<id>.json                         who uses which versions
 //!   trash/<generation>/...                   what was collected lately, under its path; readers look here, too
 //!   quarantine/                              damaged files that were replaced or of no use
-//!   policy/<seq>.json                        who is to sign versions, for those who publish
 //!   tmp/                                     files that are being written
 //! ```
 //!

@@ -52,6 +52,7 @@ fn print(stats: &mount::Stats, w: &mut dyn Write) -> io::Result<()> {
     ];
     let hangs =
         stats.store_hangs.then(|| ("hangs", "the store does not answer; names are told from memory".to_string()));
+    let keys = (!stats.trusted_keys.is_empty()).then(|| ("believes", stats.trusted_keys.join("\n")));
     let supervised = stats.supervised.map(|by| {
         let ended = match (by.deaths, by.poisoned) {
             (0, _) => String::new(),
@@ -60,14 +61,8 @@ fn print(stats: &mount::Stats, w: &mut dyn Write) -> io::Result<()> {
         };
         ("supervisor", format!("{}, has started {} to serve{ended}", by.supervisor, by.workers))
     });
-    let keys = (!stats.trusted_keys.is_empty()).then(|| ("believes", stats.trusted_keys.join("\n")));
-    let facts = facts
-        .into_iter()
-        .chain(supervised)
-        .chain(hangs)
-        .chain(keys)
-        .map(|(name, text)| vec![name.into(), text])
-        .collect();
+    let facts = facts.into_iter().chain(supervised).chain(hangs).chain(keys);
+    let facts = facts.map(|(name, text)| vec![name.into(), text]).collect();
     write!(w, "{}", table(&["SERVED", ""], facts, &[]))?;
 
     let mut requests: Vec<_> = stats.requests.iter().filter(|(_, n)| **n > 0).collect();

@@ -144,6 +144,7 @@ impl Counters {
             opens: Opens { passthrough: passed, cached, direct },
             memories: memories.into_iter().collect(),
             cache: tree.cache().map(|cache| cache.stats()),
+            trusted_keys: tree.store().trust().iter().flat_map(|trust| trust.keys()).map(|key| key.text()).collect(),
             supervised: shift.of_supervised(|number| Supervised {
                 supervisor: number(Number::Supervisor) as u32,
                 workers: number(Number::Lives),
@@ -151,7 +152,6 @@ impl Counters {
                 replacements: number(Number::Replacements),
                 poisoned: number(Number::Poisoned),
             }),
-            trusted_keys: tree.store().trust().iter().flat_map(|trust| trust.keys()).map(|key| key.text()).collect(),
         };
         // Numbers and texts can always be written.
         serde_json::to_vec(&stats).unwrap_or_default()
@@ -363,6 +363,7 @@ mod tests {
                 latency: Histogram { up_to_microseconds: vec![most; 20], counts: vec![most; 21] },
                 ..CacheStats::default()
             }),
+            trusted_keys: vec!["x".repeat(72); KEYS_MAX],
             supervised: Some(Supervised {
                 supervisor: u32::MAX,
                 workers: most,
@@ -370,7 +371,6 @@ mod tests {
                 replacements: most,
                 poisoned: most,
             }),
-            trusted_keys: vec!["x".repeat(72); KEYS_MAX],
         };
         let mut value = serde_json::to_value(&stats).unwrap();
         assert!(serde_json::to_vec(&value).unwrap().len() < ANSWER_MAX);

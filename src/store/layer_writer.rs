@@ -149,7 +149,10 @@ impl<'a> LayerWriter<'a> {
             // Where another document names another catalog, that one is as good, if it is there.
             publish::bytes_or_repair(self.store.root(), &path, &to_json(&doc)?, || {
                 let there = self.store.layer(&digest);
-                there.is_ok_and(|there| there.catalog == doc.catalog || self.store.has_objects_of(&there))
+                there.is_ok_and(|there| match believes {
+                    true => there.catalog == doc.catalog || self.store.has_objects_of(&there),
+                    false => there == doc,
+                })
             })?;
             // Objects that were there already may have been collected before the document could be seen.
             if self.store.has_layer(&digest) && self.store.bring_back_layer(&digest)? {

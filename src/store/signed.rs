@@ -301,7 +301,7 @@ impl Store {
     /// # Errors
     /// Errors of the file system. A document that is damaged counts as unsigned.
     pub fn signature(&self, name: &EnvName, number: u64, trust: Option<&TrustedKeys>) -> Result<Option<Signature>> {
-        match publish::read(&self.version_path(name, number)) {
+        match self.read_anywhere(&self.version_path(name, number)) {
             Ok(bytes) => Ok(Some(self.signature_in(Statement::Version, name, number, &bytes, trust))),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
@@ -315,6 +315,26 @@ impl Store {
             Ok(Some(Signature::Trusted { .. })) => true,
             Ok(Some(Signature::UnknownKey { key })) => key == signer,
             _ => false,
+        }
+    }
+
+    /// Fails when `pointer` would have another signature than it has if what it says were said again by who signs here: an
+    /// unsigned pointer would become a signed one.
+    pub(super) fn require_repeatable(&self, name: &EnvName, pointer: &Pointer) -> Result<()> {
+        let Some(signer) = self.signer() else { return Ok(()) };
+        let signature = match publish::read(&self.pointer_path(name, pointer.sequence)) {
+            Ok(bytes) => Some(self.signature_in(Statement::Pointer, name, pointer.sequence, &bytes, self.trust())),
+            Err(error) if error.is_not_found() && pointer.sequence == 1 => self.signature(name, 1, self.trust())?,
+            Err(error) => return Err(error),
+        };
+        match signature {
+            Some(Signature::Trusted { .. }) => Ok(()),
+            Some(Signature::UnknownKey { key }) if key == signer => Ok(()),
+            other => {
+                let why = other.unwrap_or(Signature::Unsigned).sentence();
+                let what = format!("what is current of {name} is not said again with a signature: {why}");
+                Err(Error::new(Kind::Rejected, what).hint(format!("say it: `envfabric rollback {name} N`")))
+            }
         }
     }
 

@@ -2,7 +2,8 @@
 //! taken what is to come back.
 
 use super::environments::{Pointer, no_environment, numbers};
-use super::{Store, host, now, publish, to_json};
+use super::signed::Statement;
+use super::{Store, host, now, publish};
 use crate::environment::EnvName;
 use crate::error::{Error, Kind, Result};
 
@@ -14,6 +15,9 @@ impl Store {
             if now_current.as_ref().is_some_and(|pointer| pointer.newest >= number) {
                 return Ok(());
             }
+            if let Some(pointer) = &now_current {
+                self.require_repeatable(name, pointer)?;
+            }
             let pointer = Pointer {
                 format: 1,
                 sequence: last + 1,
@@ -24,7 +28,9 @@ impl Store {
                 reason: "collect".into(),
                 nonce: publish::nonce()?,
             };
-            publish::bytes(&self.root, &self.pointer_path(name, pointer.sequence), &to_json(&pointer)?)?;
+            self.require_signer()?;
+            let bytes = self.signed(Statement::Pointer, name, pointer.sequence, &pointer)?;
+            publish::bytes(&self.root, &self.pointer_path(name, pointer.sequence), &bytes)?;
         }
     }
 
@@ -32,7 +38,10 @@ impl Store {
     pub(super) fn point_again(&self, name: &EnvName) -> Result<()> {
         let Some(first) = self.first_pointer(name)? else { return Ok(()) };
         let pointer = Pointer { sequence: 2, by: host(), reason: "repair".into(), nonce: publish::nonce()?, ..first };
-        publish::bytes(&self.root, &self.pointer_path(name, 2), &to_json(&pointer)?).map(drop)
+        self.require_signer()?;
+        self.require_repeatable(name, &Pointer { sequence: 1, ..pointer.clone() })?;
+        let bytes = self.signed(Statement::Pointer, name, 2, &pointer)?;
+        publish::bytes(&self.root, &self.pointer_path(name, 2), &bytes).map(drop)
     }
 
     /// The sequence numbers of the pointers that are there, ascending.
