@@ -42,6 +42,7 @@ mod layer_writer;
 mod leases;
 mod made;
 mod object;
+mod packed;
 mod policy;
 mod profiles;
 mod publish;
