@@ -133,6 +133,7 @@ impl Mount {
             args.extend(["--config".into(), std::path::absolute(config).at("finding", config)?.into()]);
         }
         args.extend((0..context.verbose).map(|_| "-v".into()));
+        args.extend(context.settings.keys.flags().map(OsString::from));
         args.extend(["mount", "--worker"].map(OsString::from));
         args.extend(self.flags().into_iter().map(OsString::from));
         args.push(dir.into());
