@@ -901,3 +901,41 @@ fn verbs_tell_who_has_signed_what_and_a_config_file_names_the_keys() {
     let (code, out, _) = run(&["key", "forget", "demo/a", "demo/z"]);
     assert_eq!((code, out.as_str()), (0, "forgotten: demo/a\nnothing was known of demo/z\n"));
 }
+
+#[test]
+fn who_takes_over_a_mount_trusts_the_keys_that_it_was_given() {
+    needs_mounts!();
+    let _alone = alone();
+    let signed = Signed::new(Codec::Raw);
+    signed.publish(&signed.store(), "demo/b", signed.fixture.packages());
+    let home = signed.fixture.place("home");
+    let store = signed.fixture.store.root().to_path_buf();
+    let mount = signed.fixture.place("mount");
+    let at = mount.to_str().unwrap();
+    let trust = format!("--trust-key={}", key(OURS).public());
+    let run = |args: &[&str]| ran(program(&home, &store).args(args));
+    assert_eq!(run(&["mount", &trust, at]).0, 0);
+    let path = mount.join("demo/a/.venv").join(SITE).join("gamma/data/big.bin");
+    let open = fs::File::open(&path).unwrap();
+    let refused = || fs::metadata(mount.join("demo/b/.versions/2")).unwrap_err().raw_os_error();
+    assert_eq!(refused(), Some(libc::EKEYREJECTED));
+    let (code, out, told) = run(&["mount", "--replace", &trust, at]);
+    assert_eq!(code, 0, "{out}{told}");
+    let stats = envfabric::mount::stats(&mount).unwrap();
+    assert_eq!(stats.trusted_keys, [key(OURS).public().text()]);
+    // A number that the one before gave out.
+    let mut bytes = vec![0; 700_000];
+    std::os::unix::fs::FileExt::read_exact_at(&open, &mut bytes, 0).unwrap();
+    assert!(bytes == noise(700_000, 300));
+    assert_eq!(refused(), Some(libc::EKEYREJECTED));
+    // Killed, it is followed by one that trusts as it did.
+    let pid = stats.pid.to_string();
+    assert!(std::process::Command::new("kill").args(["-9", &pid]).status().unwrap().success());
+    common::until("another serves", || {
+        envfabric::mount::stats(&mount).is_ok_and(|now| now.pid != stats.pid && now.trusted_keys == stats.trusted_keys)
+    });
+    assert_eq!(refused(), Some(libc::EKEYREJECTED));
+    assert!(fs::read(&path).unwrap() == noise(700_000, 300));
+    drop(open);
+    assert_eq!(run(&["umount", at]).0, 0);
+}

@@ -442,4 +442,32 @@ mod tests {
         let long = seal::write(&serde_json::json!({ "n": "\u{e4}".repeat(400) })).unwrap();
         assert!(split(&long).is_none());
     }
+
+    #[test]
+    fn what_a_collector_says_again_is_signed_and_nothing_unsigned_becomes_signed_by_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let plain = Store::init(dir.path()).unwrap();
+        let key = || SecretKey::new(&[7; 32], "").unwrap();
+        let signing = plain.clone().signing_with(key());
+        let trusting = || {
+            let trust = TrustedKeys::new(vec![key().public()], None, &plain).unwrap();
+            plain.clone().trusting(trust)
+        };
+        let draft = super::super::environments::tests::draft;
+        let names: [EnvName; 3] = ["w/first", "w/moved", "w/unsigned"].map(|name| name.parse().unwrap());
+        for name in ["w/first", "w/moved", "w/moved"] {
+            signing.publish_version(draft(name)).unwrap();
+        }
+        plain.publish_version(draft("w/unsigned")).unwrap();
+        for (name, current) in names.iter().zip([1, 2]) {
+            signing.ensure_newest(name, 7).unwrap();
+            let pointer = trusting().pointer(name).unwrap().unwrap();
+            assert_eq!((pointer.version, pointer.newest), (Some(current), 7), "{name}");
+        }
+        assert_eq!(signing.ensure_newest(&names[2], 7).unwrap_err().kind(), Kind::Rejected);
+        // Somebody lets the first version be current again, and hopes for a signature.
+        plain.rollback(&names[1], 1).unwrap();
+        assert_eq!(signing.ensure_newest(&names[1], 8).unwrap_err().kind(), Kind::Rejected);
+        assert_eq!(signing.point_again(&names[2]).unwrap_err().kind(), Kind::Rejected);
+    }
 }
