@@ -164,7 +164,7 @@ fn a_store_of_a_newer_format_is_left_alone_and_says_so() {
     let path = world.store().join("fabric.json");
     let original = fs::read_to_string(&path).unwrap();
     let newer = [
-        original.replace("\"format\":2", "\"format\":99"),
+        original.replace(&format!("\"format\":{}", envfabric::store::STORE_FORMAT), "\"format\":99"),
         original.replace("\"incompatible\":[]", "\"incompatible\":[\"packs-of-the-future\"]"),
         "{\"format\": 12, \"everything\": \"else changed\"}".to_string(),
     ];
