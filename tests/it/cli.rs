@@ -210,7 +210,7 @@ fn stats_tells_what_a_mount_has_done_and_a_dead_or_stopped_one_is_not_waited_for
     let stopped = world.output(["stats"]);
     send(nix::sys::signal::Signal::SIGCONT);
     let stderr = text(&stopped.stderr);
-    assert!(stopped.status.code() == Some(1) && stderr.contains("has not answered"), "{stderr}");
+    assert!(stopped.status.code() == Some(1) && stderr.contains("has not answered"), "{stopped:?}");
     assert!(start.elapsed() < std::time::Duration::from_secs(30));
     world.ok(["stats"]);
 
