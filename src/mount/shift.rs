@@ -181,7 +181,7 @@ impl Drop for Working {
     }
 }
 
-/// What tests make go wrong, by `ENVFABRIC_FAULTS`: a list of `delay=MILLISECONDS`, `panic=NAME`, `hang=NAME` `disagree=1`
+/// What tests make go wrong, in debug builds alone, by `ENVFABRIC_FAULTS`: a list of `delay=MILLISECONDS`, `panic=NAME`, `hang=NAME` `disagree=1`
 /// and `hang-first=NAME` (in the first worker of a mount only).
 #[derive(Debug, Default)]
 struct Faults {
@@ -194,6 +194,9 @@ struct Faults {
 
 impl Faults {
     fn from_env() -> Faults {
+        if !cfg!(debug_assertions) {
+            return Faults::default();
+        }
         let text = std::env::var("ENVFABRIC_FAULTS").unwrap_or_default();
         let value = |key: &str| {
             let mut parts = text.split(',').filter_map(|part| part.split_once('='));
