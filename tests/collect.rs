@@ -121,6 +121,33 @@ fn what_no_version_needs_goes_after_the_grace_time_and_the_rest_stays() {
 }
 
 #[test]
+fn what_a_document_names_stays_for_the_grace_time_after_the_document_was_taken() {
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    let used = small(&fixture, "used");
+    fixture.publish("demo/a", vec![used]);
+    let idle = small(&fixture, "idle");
+    let blob = store.layer(&idle).unwrap().blobs[0];
+    pass(store, HOUR * 2);
+    assert_eq!(gc(store).trashed.len(), 4);
+    // As it is when one collector, with an old list, took what a creator had just brought back, and both were killed.
+    let generation = fs::read_dir(store.root().join("trash")).unwrap().next().unwrap().unwrap().path();
+    let document = format!("layers/{idle}.json");
+    fs::rename(generation.join(&document), store.root().join(&document)).unwrap();
+    pass(store, HOUR * 2);
+    // Whoever sees the document now relies on what it names, and may publish within the grace time.
+    assert!(store.layer(&idle).is_ok());
+    let report = gc(store);
+    assert_eq!((report.removed.files, report.trashed.len()), (0, 1), "{report:?}");
+    pass(store, HOUR / 2);
+    assert_eq!(gc(store).removed.files, 0);
+    assert_eq!(Digest::of(&store.read_blob(&blob).unwrap()), blob);
+    pass(store, HOUR);
+    assert_eq!(gc(store).removed.files, 4);
+    assert!(files(store).iter().all(|path| !path.contains(&idle.to_string())));
+}
+
+#[test]
 fn what_is_used_again_comes_back_from_the_trash() {
     let fixture = Fixture::new();
     let store = &fixture.store;

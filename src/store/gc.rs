@@ -14,14 +14,16 @@
 //!   whatever a collector took before the version was visible is found by the creator.
 //! - A **collector** takes documents before what they name, and when it has taken everything it reads all versions again
 //!   and brings back what they need. So whatever it took after a version was visible, it finds itself. It unlinks only what
-//!   lay in the trash for the grace time before it began, and only from the generation in which it saw it.
+//!   lay in the trash for the grace time before it began, and only from the generation in which it saw it; and no object
+//!   that a document names which is in its place then, or has not lain in the trash for that long itself.
 //! - Whoever puts a layer's document in its place has looked for what it names just before, and does so afterwards. So a
-//!   document in its place means that what it names is in its place or is being brought back.
+//!   document in its place means that what it names is in its place or in the trash, and stays there for the grace time
+//!   after the document was taken, however long ago and by whomever: a creator need look for documents only.
 //! - A **reader** that does not find something in its place looks in the trash.
 //!
 //! What remains is a creator that sleeps for longer than the grace time between reusing something and publishing it: it
-//! then finds it gone when it looks, and builds it again. `tests/protocol.rs` has all of this as a model. A collector that is killed leaves files in the trash, which
-//! readers find and the next collector brings back or ends.
+//! then finds it gone when it looks, and builds it again. `tests/protocol.rs` has all of this as a model. A collector that
+//! is killed leaves files in the trash, which readers find and the next collector brings back or ends.
 //!
 //! Versions are retired likewise: renamed into the trash, needed as long as they are there, brought back by `rollback`,
 //! by `remove --undo`, or by a collector that finds them leased or current. Their numbers stay used: a pointer says
@@ -136,6 +138,8 @@ struct Collector<'s> {
     young_since: SystemTime,
     now: SystemTime,
     read: Read,
+    /// What may be relied on by whoever has seen a document lately.
+    held: HashSet<Below>,
     report: GcReport,
     progress: &'s (dyn Fn(GcStep) + Sync),
 }
@@ -157,9 +161,9 @@ impl Store {
         };
         self.require_present()?;
         let young_since = now.checked_sub(options.grace).unwrap_or(SystemTime::UNIX_EPOCH);
-        let (store, read) = (self, Read::default());
+        let (store, read, held) = (self, Read::default(), HashSet::new());
         let report = GcReport { dry_run: options.dry_run, ..GcReport::default() };
-        Collector { store, options: *options, young_since, now, read, report, progress }.run()
+        Collector { store, options: *options, young_since, now, read, held, report, progress }.run()
     }
 }
 
@@ -167,7 +171,10 @@ impl Collector<'_> {
     fn run(mut self) -> Result<GcReport> {
         let store = self.store;
         (self.progress)(GcStep::Marking);
+        // Before the trash: what moves there in between is seen in one of the two.
+        let mut seen = store.listed_layers()?;
         let old = store.trashed()?;
+        seen.extend(old.iter().filter(|lies| !self.is_old(lies.since)).filter_map(|lies| layer_of(&lies.below)));
         let environments = store.all_environments(&old)?;
         let mut unknown = Vec::new();
         let leased = store.leased(self.leases_since(), &mut unknown)?;
@@ -177,6 +184,7 @@ impl Collector<'_> {
         if !unknown.is_empty() {
             return Err(marks::not_known(&unknown));
         }
+        self.held = store.named_by(seen.into_iter().filter(|layer| !before.layers.contains(layer)), &mut self.read)?;
         let mut generation = Generation::new(store, self.now)?;
         for environment in &environments {
             self.retire(environment, &leased, &mut generation)?;
@@ -352,6 +360,7 @@ impl Collector<'_> {
             let ends = seen.contains(&(&trashed.generation, &trashed.below))
                 && self.is_old(trashed.since)
                 && unknown.is_empty()
+                && !self.held.contains(&trashed.below)
                 && !kept.contains(&trashed.below);
             if !ends {
                 if !kept.contains(&trashed.below) {

@@ -190,6 +190,20 @@ impl Store {
         }
     }
 
+    /// The objects that the documents of `layers` name. A document that is gone, or damaged, can be relied on by nobody.
+    pub(super) fn named_by(&self, layers: impl Iterator<Item = Digest>, read: &mut Read) -> Result<HashSet<Below>> {
+        let layers: BTreeSet<Digest> = layers.collect();
+        let new: Vec<&Digest> = layers.iter().filter(|layer| !read.layers.contains_key(layer)).collect();
+        for (layer, doc) in new.iter().zip(in_parallel(&new, |layer| self.layer(layer))) {
+            match doc {
+                Ok(doc) => drop(read.layers.insert(**layer, self.objects_of(&doc))),
+                Err(error) if error.is_not_found() || error.kind() == Kind::Corrupt => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(layers.iter().filter_map(|layer| read.layers.get(layer)).flatten().cloned().collect())
+    }
+
     fn mark_summaries(&self, marks: &mut Marks, summaries: &BTreeSet<Digest>, read: &mut Read) {
         for summary in summaries {
             marks.needed.insert(self.below(&self.blob_path(summary)));
