@@ -209,8 +209,7 @@ impl Names {
     /// Reads from a distant store, which may hang, and keeps the answer.
     fn read<S: Sort>(self: &Arc<Self>, key: &S::Key, ask: bool) -> Result<Option<Known<S::Value>>> {
         let cells = S::cells(self);
-        let unmoved = if ask { None } else { S::unmoved(self, key) };
-        let known = match unmoved {
+        let known = match S::unmoved(self, key) {
             None => {
                 let begun = Instant::now();
                 let before = cells.look(key, Age::Any, false).map(|(known, _)| known.value);

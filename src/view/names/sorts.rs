@@ -132,9 +132,11 @@ impl Sort for Pointers {
                 let number = Some(draft.number).filter(|_| draft.environment == *name);
                 return Ok(number.map(|n| Pointed { now: Some(n), last: Some(n), sequence: 1 }));
             }
-            Source::Store(store) => names.present(store)?,
+            Source::Store(store) => store,
         };
+        // That there is none was made sure of by looking for the store itself.
         let Some(pointer) = store.pointer(name)? else { return Ok(None) };
+        names.present(store)?;
         // Where a newer one was seen, its directory is away, not the pointer withdrawn.
         if before.is_some_and(|before| before.sequence > pointer.sequence) {
             return Ok(None);
@@ -153,10 +155,10 @@ impl Sort for Pointers {
     }
 
     /// Where the pointer was read within [`WATCHED`] and the next one is not there: one question to the store instead of
-    /// several, for thousands of names that nobody asks for but a listing.
+    /// several, for thousands of names that nobody asks for but a listing, and for a distant store. One that is away, or
+    /// another, has no next one either: that is noticed when the pointer is read again.
     fn unmoved(names: &Names, name: &EnvName) -> Option<Known<Pointed>> {
         let Source::Store(store) = &names.source else { return None };
-        names.present(store).ok()?;
         names.pointers.confirm(name, WATCHED, |pointed| !store.may_have_pointer(name, pointed.sequence + 1))
     }
 }
