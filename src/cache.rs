@@ -250,6 +250,17 @@ impl Cache {
         }
     }
 
+    /// Asks for all of `object`, which is fetched as a whole, without waiting.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] when it cannot be as large as it is said to be.
+    pub fn ask_whole(&self, object: &Object) -> Result<()> {
+        let entry = self.inner.entry(object)?;
+        entry.prepare(&self.inner, object, || Ok(Units::Whole))?;
+        entry.ask_ahead(&self.inner, 0, 1, &Order::KNOWN);
+        Ok(())
+    }
+
     /// A part of an object that is fetched as a whole.
     ///
     /// # Errors

@@ -297,6 +297,12 @@ impl Tree {
     }
 
     fn prepare_start(&self, version: u32) -> Result<()> {
+        // Whatever is started, what it imports is looked for in merged directories.
+        if let Some(cache) = &self.cache {
+            let layers = self.layers(&*self.version(version)?)?;
+            let bundles: HashSet<_> = layers.docs.iter().filter_map(|doc| Some(doc.bundle?.object())).collect();
+            bundles.iter().try_for_each(|bundle| cache.ask_whole(bundle))?;
+        }
         let profile = self.profile_of(version)?;
         if profile.as_ref().is_some_and(Profile::is_enough) {
             self.take_recorded(version);
