@@ -359,14 +359,14 @@ impl Entry {
         run: &Range<usize>,
         order: &Order,
     ) -> Vec<Range<usize>> {
-        let divide = |request: Range<usize>| {
+        if !order.around {
+            return inner.source.pieces(known, file, run);
+        }
+        let with_more = |request: Range<usize>| {
             let part = run.start.max(request.start)..run.end.min(request.end);
-            match order.around {
-                true => lock(&self.state).ask_around(part, &request),
-                false => part,
-            }
+            lock(&self.state).ask_around(part, &request)
         };
-        inner.source.requests(known, file, run).into_iter().map(divide).collect()
+        inner.source.requests(known, file, run).into_iter().map(with_more).collect()
     }
 
     /// Takes a unit in, compared.

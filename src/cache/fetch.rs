@@ -144,6 +144,17 @@ impl Source {
         }
     }
 
+    /// The requests that bring `units` of an object and nothing else.
+    pub(super) fn pieces(&self, known: &Known, file: &ObjectFile, units: &Range<usize>) -> Vec<Range<usize>> {
+        if let Units::Whole = known.units {
+            return vec![units.clone()];
+        }
+        let most = self.at_once();
+        let end = |first: usize| (file.reach(first as u64) as usize).min(first + most).min(units.end);
+        let firsts = std::iter::successors(Some(units.start), |first| Some(end(*first)));
+        firsts.take_while(|first| *first < units.end).map(|first| first..end(first)).collect()
+    }
+
     fn requests_for(&self, file: &ObjectFile, chunks: &Range<usize>) -> Vec<Range<usize>> {
         let most = self.at_once();
         let mut requests = Vec::new();

@@ -227,18 +227,19 @@ impl ObjectFile {
 
     /// The first chunk of each request.
     fn cut(&self) -> Box<[u32]> {
-        let mut firsts = vec![0];
+        let firsts = std::iter::successors(Some(0), |first| Some(self.reach(*first)));
+        let firsts = firsts.take_while(|first| *first == 0 || *first < self.object.chunks());
+        firsts.map(|first| u32::try_from(first).unwrap_or(u32::MAX)).collect()
+    }
+
+    /// The end of the chunks from `first` on that one request of a network file system brings together.
+    pub fn reach(&self, first: u64) -> u64 {
         // The head is there already.
-        let mut begin = self.packed.as_ref().map_or(0, |packed| packed.head.len() as u64);
-        for at in 1..self.object.chunks() {
-            let first = firsts.last().copied().unwrap_or_default();
-            let fits = self.start(at + 1).is_ok_and(|end| end.saturating_sub(begin) <= HEAD);
-            if !fits || at - u64::from(first) >= REQUEST_MAX {
-                firsts.push(u32::try_from(at).unwrap_or(u32::MAX));
-                begin = self.start(at).unwrap_or_default().max(begin) / PAGE * PAGE;
-            }
-        }
-        firsts.into()
+        let head = self.packed.as_ref().map_or(0, |packed| packed.head.len() as u64);
+        let begin = self.start(first).unwrap_or_default().max(head) / PAGE * PAGE;
+        let most = self.object.chunks().min(first.saturating_add(REQUEST_MAX));
+        let fits = |end: &u64| self.start(*end).is_ok_and(|end| end.saturating_sub(begin) <= HEAD);
+        (first + 2..=most).take_while(fits).last().unwrap_or(first + 1)
     }
 
     /// Opens what lies under the name of an object; its length is told by the file itself.
