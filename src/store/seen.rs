@@ -34,6 +34,8 @@ impl Seen {
         // The id comes from the store, which is not to be trusted with names.
         let id: String = id.chars().filter(char::is_ascii_alphanumeric).take(64).collect();
         let path = dir.join(format!("seen-{id}.sqlite"));
+        // SQLite says why where it cannot be made.
+        drop(crate::private::append(&path));
         let opened = Connection::open(&path).and_then(prepare);
         let db = opened.map_err(|error| told(&path, error))?;
         Ok(Seen { db: Mutex::new(db), path })
