@@ -195,6 +195,8 @@ pub struct Tree {
     index: Arc<Index>,
     names: Arc<Names>,
     mountpoint: OnceLock<Mountpoint>,
+    /// Whom to ask of readers that this process may not look at.
+    elsewhere: OnceLock<Arc<dyn mountinfo::Elsewhere>>,
     layer_slots: Slots<Digest>,
     version_slots: Slots<(EnvName, u64)>,
     name_slots: Slots<NameKey>,
@@ -241,6 +243,7 @@ impl Tree {
             index,
             names: Arc::new(names),
             mountpoint: OnceLock::new(),
+            elsewhere: OnceLock::new(),
             layer_slots: Slots::new(),
             version_slots: Slots::new(),
             name_slots: Slots::new(),
@@ -315,6 +318,12 @@ impl Tree {
     pub fn set_mountpoint(&self, mountpoint: Mountpoint) {
         // A tree is mounted once.
         let _ = self.mountpoint.set(mountpoint);
+    }
+
+    /// Has `elsewhere` asked of readers that this process may not look at.
+    pub fn look_elsewhere(&self, elsewhere: Arc<dyn mountinfo::Elsewhere>) {
+        // It is said once.
+        let _ = self.elsewhere.set(elsewhere);
     }
 
     /// Logs a failure the first time it is seen; an absent name is none.
