@@ -310,6 +310,9 @@ fn trusting(fixture: &Fixture, state: &Path) -> Store {
     store.trusting(trust)
 }
 
+/// Does something to the store; the document that it has put there.
+type Attack<'a> = Box<dyn Fn() -> PathBuf + 'a>;
+
 #[test]
 fn an_owner_that_no_trusted_key_has_signed_lets_nobody_in_where_keys_are_trusted() {
     needs_mounts!();
@@ -331,7 +334,7 @@ fn an_owner_that_no_trusted_key_has_signed_lets_nobody_in_where_keys_are_trusted
     let at = mounted.mount_point().to_path_buf();
     assert!(may(ALICE, &secret(&at)).is_some() && may(BOB, &secret(&at)).is_none());
     // Whoever can write to the store says that it is his, or everybody's.
-    let attacks: [(&str, Box<dyn Fn() -> PathBuf>); 3] = [
+    let attacks: [(&str, Attack<'_>); 3] = [
         (
             "unsigned",
             Box::new(|| {
@@ -378,4 +381,108 @@ fn an_owner_that_no_trusted_key_has_signed_lets_nobody_in_where_keys_are_trusted
     assert!(trusting(&fixture, &state).trust().unwrap().forget("private").unwrap());
     assert_eq!(trusting(&fixture, &state).owner("private").unwrap().unwrap().owner.unwrap().mode, Mode::PRIVATE);
     mounted.unmount().unwrap();
+}
+
+#[test]
+fn owners_are_enforced_in_a_mount_that_an_ordinary_user_made_through_fusermount3() {
+    needs_mounts!();
+    // fusermount3 wants a user who has a name.
+    const NOBODY: u32 = 65_534;
+    let program = Path::new(env!("CARGO_BIN_EXE_envfabric"));
+    if !Path::new("/usr/bin/fusermount3").exists() {
+        eprintln!("skipped: needs fusermount3");
+        return;
+    }
+    let fixture = fixture();
+    fixture.store.set_owner("private", owner(BOB, BOB, "0700")).unwrap();
+    fixture.store.set_owner("public", owner(NOBODY, NOBODY, "0700")).unwrap();
+    let root = fixture.dir.path();
+    fs::copy(program, root.join("program")).unwrap();
+    for place in ["home", "m"] {
+        std::os::unix::fs::chown(fixture.place(place), Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    // A namespace in which the device is open to everybody.
+    let script = format!(
+        "mknod -m666 {root}/fuse c 10 229 && mount --bind {root}/fuse /dev/fuse && exec setpriv --reuid={NOBODY} \
+         --regid={NOBODY} --clear-groups env HOME={root}/home sh -c '{root}/program --store {store} mount {root}/m >&2 || exit 1
+         grep -c \"{root}/m .*default_permissions\" /proc/self/mountinfo
+         cat {root}/m/public/node/.venv/{SITE}/alpha/__init__.py
+         {secret}
+         {root}/program --store {store} umount {root}/m >&2'",
+        root = root.display(),
+        store = fixture.store.root().display(),
+        secret = secret(&root.join("m")),
+    );
+    let output = Command::new("unshare").args(["-m", "sh", "-c", &script]).output().unwrap();
+    let (told, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(told, "1\nname = \"alpha\"\n", "{errors}");
+    assert!(errors.contains("secret.py: Permission denied") && output.status.success(), "{errors}");
+    // As in one that root made.
+    let mounted = mounted(&fixture);
+    let lines = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let at = format!(" {} ", mounted.mount_point().display());
+    assert!(lines.lines().any(|line| line.contains(&at) && line.contains("default_permissions")), "{lines}");
+    mounted.unmount().unwrap();
+}
+
+#[test]
+fn owners_are_shown_and_set_by_names_and_numbers() {
+    let fixture = fixture();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_envfabric"));
+        command.arg("--store").arg(fixture.store.root()).args(args).env("HOME", fixture.dir.path());
+        for variable in ["XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "ENVFABRIC_CONFIG"] {
+            command.env_remove(variable);
+        }
+        let output = command.output().unwrap();
+        let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+        (output.status.code().unwrap(), text[0].clone(), text[1].clone())
+    };
+    let owned = |workflow: &str| -> serde_json::Value {
+        let (code, told, errors) = run(&["owner", workflow, "--json"]);
+        assert_eq!(code, 0, "{errors}");
+        serde_json::from_str::<serde_json::Value>(&told).unwrap()["owner"].clone()
+    };
+    let is = |uid: u32, gid: u32, mode: &str| serde_json::json!({ "uid": uid, "gid": gid, "mode": mode });
+    assert_eq!(run(&["owner", "private"]).1, "private is for everybody who is let into the mount\n");
+    let (code, told, _) = run(&["owner", "private", "--uid", "nobody"]);
+    assert!(
+        code == 0 && told.starts_with("private is for user 65534 (nobody), group 65534 (nogroup), mode 0700, since")
+    );
+    assert_eq!(owned("private"), is(65_534, 65_534, "0700"));
+    // What is not given stays.
+    assert_eq!(run(&["owner", "private", "--gid", "daemon"]).0, 0);
+    assert_eq!(owned("private"), is(65_534, 1, "0700"));
+    assert_eq!(run(&["owner", "private", "--mode", "750"]).0, 0);
+    assert_eq!(owned("private"), is(65_534, 1, "0750"));
+    let shown: serde_json::Value = serde_json::from_str(&run(&["show", "private/node", "--json"]).1).unwrap();
+    assert_eq!(shown["owner"], is(65_534, 1, "0750"));
+    assert!(run(&["show", "private/node"]).1.contains("for      user 65534"));
+    // Users that this machine does not know.
+    let (code, _, errors) = run(&["owner", "later", "--uid", "4001"]);
+    assert!(code == 2 && errors.contains("--gid GROUP"), "{errors}");
+    let (code, _, errors) = run(&["owner", "later", "--uid", "4001", "--gid", "4003"]);
+    assert!(code == 0 && errors.contains("no environment in later yet"), "{errors}");
+    assert_eq!(owned("later"), is(4_001, 4_003, "0750"));
+    for (wrong, says) in [
+        (&["--uid", "nobody-of-that-name"][..], "knows no user"),
+        (&["--gid", "4003"], "name a user"),
+        (&["--uid", "1", "--mode", "4755"], "is not a mode"),
+        (&["--uid", "1", "--nobody"], "cannot be used with"),
+        (&["--uid", "4294967295", "--gid", "1"], "stands for no user"),
+    ] {
+        let (code, _, errors) = run(&[&["owner", "fresh"], wrong].concat());
+        assert!(code == 2 && errors.contains(says), "{errors}");
+    }
+    assert_eq!(run(&["owner", "a/b"]).0, 2);
+    assert_eq!(run(&["owner", "private", "--nobody"]).0, 0);
+    assert_eq!(owned("private"), serde_json::Value::Null);
+    // One that cannot be read is told, and written over.
+    let next = fixture.store.root().join("owners/private/5.json");
+    fs::write(&next, "{").unwrap();
+    let (code, _, errors) = run(&["owner", "private"]);
+    assert!(code == 1 && errors.contains("owners/private/5.json") && errors.contains("say it anew"), "{errors}");
+    assert!(run(&["fsck"]).0 == 1);
+    assert_eq!(run(&["owner", "private", "--uid", "nobody"]).0, 0);
+    assert_eq!(owned("private"), is(65_534, 65_534, "0700"));
 }
