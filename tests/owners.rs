@@ -477,12 +477,21 @@ fn owners_are_shown_and_set_by_names_and_numbers() {
     assert_eq!(run(&["owner", "a/b"]).0, 2);
     assert_eq!(run(&["owner", "private", "--nobody"]).0, 0);
     assert_eq!(owned("private"), serde_json::Value::Null);
+    let check = || -> serde_json::Value {
+        let report: serde_json::Value = serde_json::from_str(&run(&["doctor", "--json"]).1).unwrap();
+        let checks = report["checks"].as_array().unwrap();
+        checks.iter().find(|check| check["name"] == "owners").cloned().unwrap_or_default()
+    };
+    assert!(check()["state"] == "note" && check()["hint"].as_str().unwrap().contains("who can read the store itself"));
+    fs::set_permissions(fixture.store.root(), fs::Permissions::from_mode(0o700)).unwrap();
+    assert_eq!((&check()["state"], &check()["facts"]["workflows"]), (&"ok".into(), &1.into()));
     // One that cannot be read is told, and written over.
     let next = fixture.store.root().join("owners/private/5.json");
     fs::write(&next, "{").unwrap();
     let (code, _, errors) = run(&["owner", "private"]);
     assert!(code == 1 && errors.contains("owners/private/5.json") && errors.contains("say it anew"), "{errors}");
-    assert!(run(&["fsck"]).0 == 1);
+    assert_eq!(run(&["fsck"]).0, 1);
+    assert_eq!(check()["state"], "bad");
     assert_eq!(run(&["owner", "private", "--uid", "nobody"]).0, 0);
     assert_eq!(owned("private"), is(65_534, 65_534, "0700"));
 }
