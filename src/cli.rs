@@ -19,6 +19,7 @@ mod key;
 mod list;
 mod mount;
 mod output;
+mod owner;
 mod profile;
 mod progress;
 mod python;
@@ -97,6 +98,7 @@ enum Verb {
     Diff(diff::Diff),
     Rollback(rollback::Rollback),
     Remove(remove::Remove),
+    Owner(owner::Owner),
     #[command(subcommand)]
     Python(python::Python),
     #[command(subcommand)]
@@ -218,10 +220,11 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
     }
     let store = cli.global.store.filter(|path| !path.as_os_str().is_empty());
     let settings = Settings::load(store, cli.global.config.as_deref(), cli.global.signing)?;
-    let publishes = matches!(
-        cli.verb,
-        Verb::Create(_) | Verb::Rollback(_) | Verb::Remove(_) | Verb::Python(_) | Verb::Gc(_) | Verb::Fsck(_)
-    );
+    let publishes = match &cli.verb {
+        Verb::Create(_) | Verb::Rollback(_) | Verb::Remove(_) | Verb::Python(_) | Verb::Gc(_) | Verb::Fsck(_) => true,
+        Verb::Owner(verb) => verb.publishes(),
+        _ => false,
+    };
     let context = Context { settings, config: cli.global.config, verbose: cli.global.verbose, publishes, out };
     match cli.verb {
         Verb::Init(verb) => verb.run(&context),
@@ -236,6 +239,7 @@ fn run(cli: Cli, out: Output) -> Result<ExitCode> {
         Verb::Diff(verb) => verb.run(&context),
         Verb::Rollback(verb) => verb.run(&context),
         Verb::Remove(verb) => verb.run(&context),
+        Verb::Owner(verb) => verb.run(&context),
         Verb::Python(verb) => verb.run(&context),
         Verb::Key(verb) => verb.run(&context),
         Verb::Warm(verb) => verb.run(&context),

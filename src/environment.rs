@@ -25,6 +25,7 @@ mod interpreter;
 mod key;
 pub mod lock;
 mod name;
+mod owner;
 mod version;
 
 #[cfg(test)]
@@ -34,4 +35,5 @@ pub use digest::{Digest, Hasher};
 pub use interpreter::{Interpreter, Markers};
 pub use key::{PUBLIC, PublicKey, SIGNATURE_SIZE, SecretKey, public_keys};
 pub use name::EnvName;
+pub use owner::{Mode, Owner};
 pub use version::{Builder, Conflict, Document, InterpreterRef, Source, Summary, VERSION_FORMAT, Version};

@@ -15,7 +15,7 @@
 //!     cli       one file a verb
 //! ```
 //!
-//! Beside them, known to all: `error`, `sys`, and `patience`, which says who may wait for a store that hangs.
+//! Beside them, known to all: `error`, `sys`, `private`, and `patience`, which says who may wait for a store that hangs.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
@@ -26,6 +26,7 @@ pub mod environment;
 pub mod error;
 pub mod mount;
 pub mod patience;
+mod private;
 pub mod store;
 pub mod sys;
 pub mod view;

@@ -49,12 +49,13 @@ use crate::store::{Codec, Index, Store};
 use crate::view::{Mountpoint, Tree};
 use adapter::Adapter;
 use kept::{Kept, Number};
-use passthrough::Passthrough;
+use passthrough::{Backings, Passthrough};
 use refresh::Refresher;
 use replies::Shown;
 use serving::{Agreed, Serving, Spaces};
 use shift::Shift;
 use stats::Counters;
+use supervisor::Helper;
 
 /// How to mount.
 #[derive(Debug, Clone)]
@@ -147,6 +148,8 @@ struct Tenure {
     agreed: Agreed,
     /// Another worker serves, which has the cache: go without, where it is busy.
     rehearses: bool,
+    /// Whom to ask for what needs privilege: the mount is root's, and this process is not.
+    helper: Option<Arc<Helper>>,
 }
 
 /// A tree with everything that serves it.
@@ -192,7 +195,8 @@ fn ready(tree: Tree, options: &Options, dir: &Path, records: bool, tenure: &Tenu
     let files = tree.cache().map_or_else(|| tree.store().root().to_path_buf(), |cache| cache.dir().to_path_buf());
     let tree = Arc::new(if options.imports { tree } else { tree.without_imports() });
     let refresher = Arc::new(Refresher::default());
-    let obstacle = match obstacle(&files, options.passthrough) {
+    let has_privilege = attach::is_root() || tenure.helper.is_some();
+    let obstacle = match passthrough::obstacle_for(has_privilege, &files, options.passthrough) {
         None if tenure.agreed.passthrough == Some(false) => Some(NoPassthrough::MadeWithout),
         obstacle => obstacle,
     };
@@ -202,11 +206,18 @@ fn ready(tree: Tree, options: &Options, dir: &Path, records: bool, tenure: &Tenu
         passthrough.disable(why);
     }
     let threads = options.threads.max(1);
+    if let Some(helper) = &tenure.helper {
+        tree.look_elsewhere(helper.clone());
+    }
     let adapter = Adapter::new(Serving {
         tree: tree.clone(),
         refresher: refresher.clone(),
         shown: Shown {
-            owner: (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()),
+            // Who mounted, and not who serves: to that one nothing belongs.
+            owner: match tenure.helper {
+                Some(_) => (0, 0),
+                None => (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()),
+            },
             generation: Generation(tenure.kept.get(Number::Generation)),
         },
         try_passthrough,
@@ -219,7 +230,9 @@ fn ready(tree: Tree, options: &Options, dir: &Path, records: bool, tenure: &Tenu
         shift: Shift::new(tenure.kept.clone(), tenure.life, threads),
     });
     let mut config = Config::default();
-    config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
+    // The kernel knows who mounted and lets no other in; `fuser` takes this process for that one.
+    let all = options.allow_other || tenure.helper.is_some();
+    config.acl = if all { SessionACL::All } else { SessionACL::Owner };
     config.n_threads = Some(threads);
     // A descriptor that a worker clones dies with it, and what was read through it fails.
     config.clone_fd = tenure.life.is_none();
@@ -275,7 +288,8 @@ fn settle(tree: &Tree, refresher: &Refresher) {
 
 fn serve(tree: Tree, options: &Options, source: &str, records: bool) -> Result<Mounted> {
     let dir = attach::preflight(&options.mount_point)?;
-    let tenure = Tenure { kept: Arc::new(Kept::new()?), life: None, agreed: Agreed::default(), rehearses: false };
+    let tenure =
+        Tenure { kept: Arc::new(Kept::new()?), life: None, agreed: Agreed::default(), rehearses: false, helper: None };
     let mut ready = ready(tree, options, &dir, records, &tenure)?;
     let device = attach::attach(&dir, source, ready.tree.store().root(), options.allow_other)?;
     let started = (|| {
@@ -286,7 +300,7 @@ fn serve(tree: Tree, options: &Options, source: &str, records: bool) -> Result<M
         let passthrough = &ready.adapter.passthrough;
         let begins = || {
             if passthrough.is_enabled() {
-                passthrough.serve(own)
+                passthrough.serve(Backings::Own(own))
             }
         };
         let running = ready.answer(device, &dir, begins)?;

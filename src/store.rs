@@ -12,6 +12,7 @@
 //!   envs/<workflow>/<node>/versions/<n>.json immutable version documents
 //!   envs/<workflow>/<node>/current/<seq>.json which version is current; the highest sequence number wins; from 2 on
 //!   envs/<workflow>/<node>/profiles/<n>/<seq>.json what first starts of a version read; nothing needs them
+//!   owners/<workflow>/<seq>.json             whose a workflow is, for mounts
 //!   policy/<seq>.json                        who is to sign versions, for those who publish
 //!   leases/<id>.json                         who uses which versions
 //!   trash/<generation>/...                   what was collected lately, under its path; readers look here, too
@@ -42,6 +43,7 @@ mod layer_writer;
 mod leases;
 mod made;
 mod object;
+mod owners;
 mod packed;
 mod policy;
 mod profiles;
@@ -79,6 +81,7 @@ pub use layer_writer::{LayerWriter, Staged, StagedKind};
 pub use leases::{Lease, LeaseDoc, Leased, STALE as LEASE_STALE};
 pub(crate) use object::REQUEST_MAX;
 pub use object::{Object, ObjectFile, Room, StoredChunks};
+pub use owners::Ownership;
 pub use policy::Policy;
 pub use profiles::{Profile, STARTS_ENOUGH, Touched};
 pub use publish::{Named, Tried};
@@ -101,12 +104,14 @@ use crate::error::{Error, IoContext, Kind, Result};
 pub const STORE_FORMAT: u32 = 3;
 
 /// Features that this program understands, of the kind that makes a store unreadable without them.
-const INCOMPATIBLE_KNOWN: &[&str] = &[ZSTD_OBJECTS];
+const INCOMPATIBLE_KNOWN: &[&str] = &[ZSTD_OBJECTS, OWNERS];
 /// Features that this program understands, of the kind that only a writer must know.
 const READ_COMPATIBLE_KNOWN: &[&str] = &[];
 
 /// Feature: objects are compressed ([`Codec::Zstd`]).
 const ZSTD_OBJECTS: &str = "zstd-objects";
+/// Feature: workflows may have owners, to whom a mount must show them alone (`owners`).
+const OWNERS: &str = "owners";
 
 /// How objects lie in a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -535,7 +540,7 @@ impl Store {
 }
 
 /// Directories that a store gets when there is something for them.
-const LATER_NAMES: [&str; 3] = ["leases", "trash", "quarantine"];
+const LATER_NAMES: [&str; 4] = ["leases", "owners", "trash", "quarantine"];
 
 /// Directories of a store.
 const ROOM_NAMES: [&str; 9] = ["blobs", "packs", "catalogs", "layers", "keys", "interpreters", "envs", "policy", "tmp"];

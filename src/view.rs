@@ -58,7 +58,7 @@ use crate::cache::{Cache, Held};
 use crate::environment::{Digest, EnvName, Version};
 use crate::error::{Error, Kind, Result};
 use crate::store::{Catalog, Index, LayerDoc, LayerKind, Node, Place, Row, RowId, ScannedKind, Store};
-use attrs::{lasting_dir, lasting_file, moving_dir, row_attr};
+use attrs::{lasting_dir, lasting_file, moving_dir, of_workflow, row_attr};
 use bytes::{Location, Objects};
 pub use keys::Logs;
 use keys::NameKey;
@@ -111,6 +111,8 @@ pub struct Attr {
     pub size: u64,
     /// Permission bits.
     pub mode: u16,
+    /// User and group whose it is; none: who mounted.
+    pub owner: Option<(u32, u32)>,
     /// 2 and the number of subdirectories for a directory, else 1.
     pub nlink: u32,
     /// Modification time.
@@ -193,6 +195,8 @@ pub struct Tree {
     index: Arc<Index>,
     names: Arc<Names>,
     mountpoint: OnceLock<Mountpoint>,
+    /// Whom to ask of readers that this process may not look at.
+    elsewhere: OnceLock<Arc<dyn mountinfo::Elsewhere>>,
     layer_slots: Slots<Digest>,
     version_slots: Slots<(EnvName, u64)>,
     name_slots: Slots<NameKey>,
@@ -239,6 +243,7 @@ impl Tree {
             index,
             names: Arc::new(names),
             mountpoint: OnceLock::new(),
+            elsewhere: OnceLock::new(),
             layer_slots: Slots::new(),
             version_slots: Slots::new(),
             name_slots: Slots::new(),
@@ -315,6 +320,12 @@ impl Tree {
         let _ = self.mountpoint.set(mountpoint);
     }
 
+    /// Has `elsewhere` asked of readers that this process may not look at.
+    pub fn look_elsewhere(&self, elsewhere: Arc<dyn mountinfo::Elsewhere>) {
+        // It is said once.
+        let _ = self.elsewhere.set(elsewhere);
+    }
+
     /// Logs a failure the first time it is seen; an absent name is none.
     pub fn tell(&self, error: &Error) {
         // An outage was told when it began; which objects it concerns was not, and they are named by a context.
@@ -352,7 +363,8 @@ impl Tree {
         let mut links = Vec::new();
         let dir = match change {
             NameChange::Workflows => Some(Ino::ROOT),
-            NameChange::Nodes(workflow) => name(slot(NameKey::Workflow(workflow)))?,
+            // Only its own directory: that is where whoever may not look is kept out.
+            NameChange::Nodes(workflow) | NameChange::Owner(workflow) => name(slot(NameKey::Workflow(workflow)))?,
             NameChange::Current(env) => {
                 let names = [".venv", ".python", "metadata.json", "pyproject.toml", "pylock.toml", "uv.lock"];
                 links.extend(names.map(String::from));
@@ -486,18 +498,20 @@ impl Tree {
         let ino = Ino::encode(Object::Name { slot })?;
         match self.name_slots.key(slot).ok_or_else(gone)? {
             NameKey::Workflow(workflow) => {
+                let whose = self.names.whose(&workflow)?;
                 let known = self.names.nodes_if_read(&workflow, age)?;
-                Ok(match known {
+                let attr = match known {
                     Some(known) => moving_dir(ino, known.value.len(), known.mtime),
                     // The way to one environment does not wait until thousands are counted: one link means, as on some
                     // other file systems, that subdirectories are not counted.
                     None => Attr { nlink: 1, ..moving_dir(ino, 0, self.names.begun()) },
-                })
+                };
+                Ok(of_workflow(attr, whose))
             }
             // A removed one that somebody stands in keeps its last time.
             NameKey::Node(env) => {
                 let mtime = self.names.env(&env, age)?.map_or((0, 0), |env| env.mtime);
-                Ok(moving_dir(ino, 1, mtime))
+                Ok(of_workflow(moving_dir(ino, 1, mtime), self.names.whose(env.workflow())?))
             }
         }
     }
@@ -506,10 +520,11 @@ impl Tree {
         let ino = Ino::encode(Object::Versions { slot })?;
         let known = self.names.versions_if_read(env, age)?;
         // As for the nodes of a workflow.
-        Ok(match known {
+        let attr = match known {
             Some(known) => moving_dir(ino, known.value.len(), known.mtime),
             None => Attr { nlink: 1, ..moving_dir(ino, 0, self.names.begun()) },
-        })
+        };
+        Ok(of_workflow(attr, self.names.whose(env.workflow())?))
     }
 
     fn dir_attr(&self, view: &VersionView, dir: &MergedDir, ino: Ino) -> Result<Attr> {
@@ -529,8 +544,12 @@ impl Tree {
             link => {
                 let size = view.link_target(link).ok_or_else(gone)?.len() as u64;
                 let attr = Attr { kind: FileKind::Symlink, mode: 0o777, ..file(size) };
+                if !link.is_node_link() {
+                    return Ok(attr);
+                }
                 // The node's links have a new inode per target, but the name leads elsewhere one day.
-                Ok(Attr { lasting: !link.is_node_link(), ..attr })
+                let whose = self.names.whose(view.version.environment.workflow())?;
+                Ok(Attr { lasting: false, ..of_workflow(attr, whose) })
             }
         }
     }

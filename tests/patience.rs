@@ -15,6 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::*;
+use envfabric::environment::{Mode, Owner};
 use envfabric::error::{Error, Kind};
 use envfabric::mount::{Mounted, Options, mount, stats};
 use envfabric::patience::at_once;
@@ -260,6 +261,44 @@ fn one_thread_serves_what_is_known_while_hundreds_wait_for_a_store_that_hangs() 
     let told = logged().iter().filter(|line| line.contains("the store answers again")).count();
     assert_eq!(told, 1, "{:#?}", logged());
     mounted.unmount().unwrap();
+}
+
+#[test]
+fn an_owner_that_is_known_counts_while_the_store_hangs() {
+    let _alone = alone();
+    let fixture = Fixture::new();
+    fixture.publish("demo/a", vec![]);
+    fixture.publish("other/a", vec![]);
+    fixture.store.set_owner("demo", Some(Owner { uid: 5, gid: 6, mode: Mode::GROUP })).unwrap();
+    let tree = distant(&fixture);
+    let shown = |path: &str| walk(&tree, path).map(|found| found.map(|attr| (attr.owner, attr.mode)));
+    let known = Some((Some((5, 6)), 0o750));
+    for file in ["owners/demo/2.json", "fabric.json"] {
+        for path in ["demo", "demo/a", "demo/a/.versions"] {
+            assert_eq!(shown(path).unwrap(), known, "{path}");
+        }
+        let hung = Hung::file(&fixture, file);
+        let end = Instant::now() + Duration::from_secs(1);
+        while Instant::now() < end {
+            assert_eq!((shown("demo").unwrap(), shown("demo/a").unwrap()), (known, known), "{file}");
+        }
+        drop(hung);
+        // Who was hanging has found an empty file, which is a damaged one, until it is looked at again.
+        std::thread::sleep(Duration::from_millis(600));
+        until("it answers again", || {
+            tree.refresh();
+            !tree.is_cut_off() && shown("demo").is_ok_and(|shown| shown == known)
+        });
+    }
+    // Where nothing is known, nobody is let in.
+    fs::create_dir(fixture.store.root().join("owners/other")).unwrap();
+    let hung = Hung::file(&fixture, "owners/other/1.json");
+    assert_eq!(kind(shown("other")), Some(Kind::TimedOut));
+    drop(hung);
+    until("it answers again", || {
+        tree.refresh();
+        shown("other").is_ok_and(|shown| shown == Some((None, 0o755)))
+    });
 }
 
 /// Run by the next test, in a process of its own.

@@ -1,6 +1,6 @@
 //! Mounts served by a process in the background: finding one, and starting one.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -59,7 +59,7 @@ pub(crate) fn start_daemon(context: &Context, dir: &Path, flags: &[String]) -> R
     }
     mount::preflight(dir)?;
     let log_path = state.join("mount.log");
-    let log = OpenOptions::new().create(true).append(true).open(&log_path).at("opening", &log_path)?;
+    let log = crate::private::append(&log_path).at("opening", &log_path)?;
     let program = std::env::current_exe().at("finding", "this program")?;
     let mut child = Command::new(program)
         .arg("--store")

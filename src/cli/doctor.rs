@@ -2,6 +2,7 @@
 
 mod keys;
 mod nas;
+mod owners;
 mod places;
 
 use std::fs;
@@ -249,6 +250,7 @@ fn of_store(context: &Context, store: &Store) -> Vec<Check> {
     }
     checks.extend(nas::store(store));
     checks.extend(keys::checks(context, store));
+    checks.extend(owners::check(store));
     checks.push(Check::of("index", context.index(store), |i| i.path().display().to_string()));
     let of = store.clone();
     checks.push(Check::of("interpreters", within(PATIENCE, move || of.interpreters()), |all| match all.len() {

@@ -10,8 +10,8 @@ use serde_json::json;
 
 use super::Context;
 use super::signing::{public, secret};
-use super::spec::name;
-use crate::environment::{EnvName, PublicKey, SecretKey};
+use super::spec::name_or_workflow;
+use crate::environment::{PublicKey, SecretKey};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::store::Store;
 
@@ -47,14 +47,14 @@ pub(crate) enum Key {
         #[arg(long, conflicts_with = "keys")]
         nobody: bool,
     },
-    /// Forget what this machine has seen of environments, so that an older pointer is believed again
+    /// Forget what this machine has seen of environments and workflows, so that an older statement is believed again
     ///
-    /// For a store that was restored from a backup. Until the next newer pointer, this machine cannot tell an old one
+    /// For a store that was restored from a backup. Of a workflow alone: whose it is. Until the next newer pointer, this machine cannot tell an old one
     /// from the newest.
     Forget {
-        /// WORKFLOW/NODE
-        #[arg(value_name = "WF/NODE", value_parser = name, required = true)]
-        environments: Vec<EnvName>,
+        /// WORKFLOW/NODE, or WORKFLOW
+        #[arg(value_name = "WF/NODE|WF", value_parser = name_or_workflow, required = true)]
+        names: Vec<String>,
     },
 }
 
@@ -65,7 +65,7 @@ impl Key {
             Key::Show { file: Some(file) } => show(context, file),
             Key::Show { file: None } => in_force(context),
             Key::Require { keys, .. } => require(context, keys),
-            Key::Forget { environments } => forget(context, environments),
+            Key::Forget { names } => forget(context, names),
         }?;
         Ok(ExitCode::SUCCESS)
     }
@@ -165,14 +165,14 @@ fn require(context: &Context, named: &[String]) -> Result<()> {
     })
 }
 
-fn forget(context: &Context, environments: &[EnvName]) -> Result<()> {
+fn forget(context: &Context, names: &[String]) -> Result<()> {
     let store: Store = context.plain_store()?;
     let trust = context.trusted_keys(&store)?.ok_or_else(|| {
         Error::new(Kind::Usage, "this machine trusts whoever can write to the store, and remembers nothing")
             .hint("name the keys that are trusted, as for mounting: --trust-key or trusted-keys")
     })?;
     let mut told = Vec::new();
-    for name in environments {
+    for name in names {
         told.push(json!({ "environment": name, "forgotten": trust.forget(name)? }));
     }
     context.out.result(&told, |w| {

@@ -15,7 +15,7 @@ use super::Context;
 use super::cache::CacheFlags;
 use super::daemon::start_daemon;
 use crate::environment::Digest;
-use crate::error::{IoContext, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::mount::supervisor::{self, Program};
 use crate::mount::{self, Ended, Options};
 use crate::store::{Index, Store};
@@ -65,6 +65,9 @@ pub(crate) struct Mount {
     /// Tell the starting process on standard output how it went
     #[arg(long, hide = true)]
     notify: bool,
+    /// As root: let a process of this user serve, without privilege; the one that mounts stays root's
+    #[arg(long, value_name = "USER")]
+    user: Option<String>,
     /// Serve what the process at the other end of standard input has mounted
     #[arg(long, hide = true)]
     worker: bool,
@@ -82,6 +85,7 @@ impl Mount {
         if self.worker {
             return self.work(context, &dir);
         }
+        self.require_user()?;
         if self.replace {
             return self.replace(context, &dir);
         }
@@ -122,6 +126,7 @@ impl Mount {
             }
         }
         flags.extend(self.threads.map(|n| format!("--threads={n}")));
+        flags.extend(self.user.iter().map(|user| format!("--user={user}")));
         flags.extend(self.cache.flags());
         flags
     }
@@ -137,16 +142,37 @@ impl Mount {
         args.extend(["mount", "--worker"].map(OsString::from));
         args.extend(self.flags().into_iter().map(OsString::from));
         args.push(dir.into());
-        Program::this(args)
+        let program = Program::this(args)?;
+        Ok(match &self.user {
+            // Its own places, and not root's.
+            Some(user) => program.at_home_in(&supervisor::ordinary_user(user)?.dir),
+            None => program,
+        })
+    }
+
+    /// Fails for a user as whom nobody can serve.
+    fn require_user(&self) -> Result<()> {
+        match &self.user {
+            Some(_) if !nix::unistd::geteuid().is_root() => {
+                Err(Error::new(Kind::Usage, "only root can let another user serve a mount")
+                    .hint("leave --user out: a mount of an ordinary user is served by that user"))
+            }
+            Some(user) => supervisor::ordinary_user(user).map(drop),
+            None => Ok(()),
+        }
     }
 
     /// What serves, as its supervisor says.
     fn work(&self, context: &Context, dir: &Path) -> Result<ExitCode> {
+        // Before anything of the store or the cache is opened.
+        if let Some(user) = &self.user {
+            supervisor::become_user(&supervisor::ordinary_user(user)?)?;
+        }
         sys::few_heaps(1);
         sys::lean_databases();
         // Its own, as nobody else reads it.
         let control = std::io::stdin().as_fd().try_clone_to_owned().at("listening to", "the supervisor")?;
-        supervisor::work(control, || self.open(context, dir))?;
+        supervisor::work(control, self.user.is_some(), || self.open(context, dir))?;
         Ok(ExitCode::SUCCESS)
     }
 
@@ -155,6 +181,8 @@ impl Mount {
         let store = context.store()?;
         let index = Arc::new(context.index(&store)?);
         let mut options = Options::at(dir);
+        // Root has mounted, whoever serves.
+        options.allow_other |= self.user.is_some();
         if self.allow_other || self.no_allow_other {
             options.allow_other = self.allow_other;
         }

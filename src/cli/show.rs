@@ -7,9 +7,9 @@ use serde::Serialize;
 use super::Context;
 use super::output::{bytes, table, time};
 use super::spec::{EnvSpec, spec};
-use crate::environment::{Digest, Source, Version};
+use crate::environment::{Digest, Owner, Source, Version};
 use crate::error::Result;
-use crate::store::Signature;
+use crate::store::{Ownership, Signature};
 
 /// Show one environment: interpreter path, source, packages
 #[derive(Debug, clap::Args)]
@@ -37,6 +37,7 @@ struct Shown<'a> {
     packages: Vec<Package>,
     host_libraries: Vec<String>,
     signature: Option<Signature>,
+    owner: Option<Owner>,
     #[serde(flatten)]
     version: &'a Version,
 }
@@ -53,6 +54,7 @@ impl Show {
         let base = context.settings.mount.join(name.workflow()).join(name.node());
         let pinned = base.join(format!(".versions/{}", version.number));
         let python = store.interpreters()?.into_iter().find(|i| i.layer == version.interpreter.layer);
+        let ownership: Option<Ownership> = store.owner(name.workflow())?;
         let shown = Shown {
             path: base.join(".venv/bin/python").display().to_string(),
             pinned_path: pinned.join(".venv/bin/python").display().to_string(),
@@ -70,6 +72,7 @@ impl Show {
                 .collect(),
             host_libraries: python.map(|p| p.python.host_libraries).unwrap_or_default(),
             signature: store.signature(name, version.number, trust.as_ref())?,
+            owner: ownership.as_ref().and_then(|ownership| ownership.owner),
             version: &version,
         };
         context.out.result(&shown, |w| {
@@ -81,6 +84,9 @@ impl Show {
             writeln!(w, "source   {}", source(&version.source))?;
             if let Some(signature) = &shown.signature {
                 writeln!(w, "signed   {}", signature.sentence())?;
+            }
+            if ownership.is_some() {
+                writeln!(w, "for      {}", super::owner::sentence(ownership.as_ref()))?;
             }
             if let Some(lock) = &version.lock {
                 writeln!(w, "lock     {} ({})", lock.name, bytes(lock.size))?;

@@ -50,6 +50,17 @@ pub(crate) fn name(text: &str) -> Result<EnvName, String> {
     text.parse().map_err(told)
 }
 
+/// A workflow for clap.
+pub(crate) fn workflow(text: &str) -> Result<String, String> {
+    // Checked as the half of a name that it is.
+    EnvName::new(text, "node").map(|name| name.workflow().into()).map_err(told)
+}
+
+/// The name of an environment, or of a workflow, for clap.
+pub(crate) fn name_or_workflow(text: &str) -> Result<String, String> {
+    if text.contains('/') { name(text).map(|name| name.to_string()) } else { workflow(text) }
+}
+
 /// An [`EnvSpec`] for clap.
 pub(crate) fn spec(text: &str) -> Result<EnvSpec, String> {
     text.parse().map_err(told)

@@ -26,6 +26,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
@@ -115,9 +116,12 @@ pub(super) struct Kept {
 impl Kept {
     /// For a new mount.
     pub(super) fn new() -> Result<Kept> {
-        let kept = memfd_create(c"envfabric", MFdFlags::MFD_CLOEXEC).map_err(io::Error::from).and_then(|file| {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let kept = memfd_create(c"envfabric", flags).map_err(io::Error::from).and_then(|file| {
             let file = File::from(file);
             file.set_len((WORDS * 8) as u64)?;
+            // A worker that cut it short would take the supervisor along.
+            fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL))?;
             let words = SharedWords::map(&file, WORDS)?;
             Ok(Kept { file, words })
         });

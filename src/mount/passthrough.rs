@@ -9,6 +9,10 @@
 //! takes over goes on with them. Where it may have died between getting an id and writing it down, the id is closed by
 //! the next: ids are given out in order (idr_alloc_cyclic), so it is one between the last that was written down and
 //! the first that the next worker gets.
+//!
+//! Only root may tell the kernel which files it is to read by itself. A worker that is not root asks its supervisor, which
+//! may have no time: then a file is opened in the ordinary way, and what is to be closed is closed later, before anything
+//! else is asked for.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -23,6 +27,7 @@ use fuser::{BackingId, FileHandle};
 use nix::sys::statfs::{self, FsType};
 
 use super::kept::{Handle, Kept, Number, RESENT, Record, Way};
+use super::supervisor::{Helper, is_for_now};
 use crate::cache::Held;
 use crate::sys;
 use crate::view::Ino;
@@ -114,14 +119,58 @@ struct OpenFiles {
     free: Vec<usize>,
     /// The ids that a dead worker may have left are closed.
     tidied: bool,
+    /// Ids to be closed, with the places that are free when they are.
+    unclosed: Vec<(Option<usize>, u32)>,
+}
+
+/// Who tells the kernel which files it is to read by itself.
+#[derive(Debug)]
+pub(super) enum Backings {
+    /// This process, on its connection.
+    Own(OwnedFd),
+    /// Its supervisor, because this process may not.
+    Helped(Arc<Helper>),
+}
+
+impl Backings {
+    fn open(&self, file: &File) -> io::Result<u32> {
+        match self {
+            Backings::Own(device) => BackingId::create_raw(device, file),
+            Backings::Helped(helper) => helper.open_backing(file),
+        }
+    }
+
+    /// Lets go of a file; false when that must be tried again.
+    fn close(&self, backing: u32) -> bool {
+        let closed = match self {
+            Backings::Own(device) => sys::close_backing(device.as_fd(), backing),
+            Backings::Helped(helper) => helper.close_backing(backing),
+        };
+        match closed {
+            Err(error) if is_for_now(&error) => false,
+            Err(error) => {
+                tracing::warn!(%error, "a file that was passed through stays open in the kernel");
+                true
+            }
+            Ok(()) => true,
+        }
+    }
+
+    /// Files that were opened for nobody.
+    fn strays(&self) -> Vec<u32> {
+        match self {
+            Backings::Own(_) => Vec::new(),
+            Backings::Helped(helper) => helper.take_strays(),
+        }
+    }
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Passthrough {
     kept: Arc<Kept>,
-    /// The connection, once there is one that has passthrough.
-    device: OnceLock<OwnedFd>,
+    /// There once there is a connection that has passthrough.
+    backings: OnceLock<Backings>,
     enabled: AtomicBool,
     /// Why it is not enabled, or not any more.
     why_not: Mutex<Option<NoPassthrough>>,
@@ -174,9 +223,14 @@ impl fmt::Display for NoPassthrough {
 /// What keeps a mount of a store, whose large files are opened in `dir`, by this process from passthrough, but for the
 /// kernel, which tells only a mount.
 pub fn obstacle(dir: &Path, wanted: bool) -> Option<NoPassthrough> {
+    obstacle_for(super::attach::is_root(), dir, wanted)
+}
+
+/// The same of a process that has the privilege for it, or whose supervisor has.
+pub(super) fn obstacle_for(privilege: bool, dir: &Path, wanted: bool) -> Option<NoPassthrough> {
     if !wanted {
         Some(NoPassthrough::SwitchedOff)
-    } else if !super::attach::is_root() {
+    } else if !privilege {
         Some(NoPassthrough::NotRoot)
     } else if !is_local(dir) {
         Some(NoPassthrough::NotLocal)
@@ -194,7 +248,7 @@ impl Passthrough {
     pub(super) fn new(kept: Arc<Kept>) -> Self {
         Passthrough {
             kept,
-            device: OnceLock::new(),
+            backings: OnceLock::new(),
             enabled: AtomicBool::new(false),
             why_not: Mutex::default(),
             open: Mutex::default(),
@@ -228,8 +282,8 @@ impl Passthrough {
 
     /// Begins to serve a connection that has passthrough: goes on with the handles that are kept. Nobody else may change
     /// them from now on.
-    pub(super) fn serve(&self, device: OwnedFd) {
-        let device = self.device.get_or_init(|| device);
+    pub(super) fn serve(&self, backings: Backings) {
+        let backings = self.backings.get_or_init(|| backings);
         let (handles, mut files) = (self.kept.handles(), self.files());
         for index in 0..handles.used() {
             match handles.record(index) {
@@ -240,14 +294,30 @@ impl Passthrough {
                         Way::Cached => None,
                     });
                 }
-                Record::Closing { backing, .. } => {
-                    close(device, backing);
-                    handles.free(index);
-                    files.free.push(index);
-                }
+                Record::Closing { backing, .. } => files.unclosed.push((Some(index), backing)),
                 Record::Free => files.free.push(index),
             }
         }
+        // A supervisor answers only who serves already.
+        if let Backings::Own(_) = backings {
+            self.close_unclosed(backings, &mut files);
+        }
+    }
+
+    /// Closes the ids that no handle has any more; false when some are left for the next time.
+    fn close_unclosed(&self, backings: &Backings, files: &mut OpenFiles) -> bool {
+        files.unclosed.extend(backings.strays().into_iter().map(|stray| (None, stray)));
+        while let Some((place, backing)) = files.unclosed.pop() {
+            if !backings.close(backing) {
+                files.unclosed.push((place, backing));
+                return false;
+            }
+            if let Some(place) = place {
+                self.kept.handles().free(place);
+                files.free.push(place);
+            }
+        }
+        true
     }
 
     /// Chooses how `ino`, which is all of `file`, is opened, and counts the handle. Without a file it is opened in the
@@ -256,7 +326,7 @@ impl Passthrough {
         let handles = self.kept.handles();
         let mut files = self.files();
         let number = unique & !RESENT;
-        let Some(device) = self.device.get() else {
+        let Some(backings) = self.backings.get() else {
             let (open, kept) = files.inodes.entry(ino).or_default();
             open.open(|| None);
             *kept = kept.take().or(held);
@@ -272,33 +342,38 @@ impl Passthrough {
         {
             return mode(handle, way);
         }
-        let mut tidied = files.tidied;
-        let (open, kept) = files.inodes.entry(ino).or_default();
-        let backing = open.open(|| file.and_then(|(file, size)| self.backing(device, file, size, &mut tidied)));
-        *kept = kept.take().or(held);
-        files.tidied = tidied;
+        let (mut open, kept) = files.inodes.remove(&ino).unwrap_or_default();
+        let backing = open.open(|| file.and_then(|(file, size)| self.backing(backings, file, size, &mut files)));
+        files.inodes.insert(ino, (open, kept.or(held)));
         let way = backing.map_or(Way::Cached, Way::Passed);
         let place = files.free.pop();
         match handles.open(place, number, ino.get(), way) {
             Some(handle) => mode(handle, way),
             None => {
-                self.count_out(&mut files, ino, way).into_iter().for_each(|backing| close(device, backing));
+                let unused = self.count_out(&mut files, ino, way);
+                files.unclosed.extend(unused.map(|backing| (None, backing)));
+                self.close_unclosed(backings, &mut files);
                 Mode::None
             }
         }
     }
 
-    fn backing(&self, device: &OwnedFd, file: &File, size: u64, tidied: &mut bool) -> Option<u32> {
+    fn backing(&self, backings: &Backings, file: &File, size: u64, files: &mut OpenFiles) -> Option<u32> {
         // A blob of a wrong length is left to ordinary reads, which say so.
         if !self.is_enabled() || !file.metadata().is_ok_and(|m| m.len() == size) {
             return None;
         }
-        match BackingId::create_raw(device, file) {
+        // First what is to be closed: of ids that are written down nowhere there must be none below the next one.
+        if !self.close_unclosed(backings, files) {
+            return None;
+        }
+        match backings.open(file) {
             Ok(backing) => {
                 let last = u32::try_from(self.kept.get(Number::LastBacking)).unwrap_or(u32::MAX);
                 // One worker gets one at a time, so more than a few are something else.
-                if !std::mem::replace(tidied, true) && backing.saturating_sub(last) < ORPHANS_MAX {
-                    (last.saturating_add(1)..backing).for_each(|orphan| close(device, orphan));
+                if !std::mem::replace(&mut files.tidied, true) && backing.saturating_sub(last) < ORPHANS_MAX {
+                    files.unclosed.extend((last.saturating_add(1)..backing).map(|orphan| (None, orphan)));
+                    self.close_unclosed(backings, files);
                 }
                 self.kept.set(Number::LastBacking, backing.into());
                 Some(backing)
@@ -328,24 +403,23 @@ impl Passthrough {
     /// Counts a handle out. One that is not there was counted out by a worker that died before the kernel had its answer.
     pub(super) fn release(&self, ino: Ino, handle: FileHandle) {
         let mut files = self.files();
-        let Some(device) = self.device.get() else {
+        let Some(backings) = self.backings.get() else {
             self.count_out(&mut files, ino, Way::Cached);
             return;
         };
         let handles = self.kept.handles();
         let Some((index, way)) = handles.get(Handle::from_raw(handle.0)) else { return };
-        if let Some(backing) = self.count_out(&mut files, ino, way) {
-            handles.closing(index);
-            close(device, backing);
+        match self.count_out(&mut files, ino, way) {
+            Some(backing) => {
+                handles.closing(index);
+                files.unclosed.push((Some(index), backing));
+                self.close_unclosed(backings, &mut files);
+            }
+            None => {
+                handles.free(index);
+                files.free.push(index);
+            }
         }
-        handles.free(index);
-        files.free.push(index);
-    }
-}
-
-fn close(device: &OwnedFd, backing: u32) {
-    if let Err(error) = sys::close_backing(device.as_fd(), backing) {
-        tracing::warn!(%error, "a file that was passed through stays open in the kernel");
     }
 }
 

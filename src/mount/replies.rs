@@ -54,7 +54,7 @@ pub(super) fn is_inside_version(number: INodeNo) -> bool {
     }
 }
 
-/// How inodes are shown: whose they are, and of which mount.
+/// How inodes are shown: whose they are where nothing else is said, and of which mount.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shown {
     pub(super) owner: (u32, u32),
@@ -66,6 +66,7 @@ pub(super) struct Shown {
 impl Shown {
     pub(super) fn attr(&self, attr: &Attr) -> FileAttr {
         let time = system_time(attr.mtime);
+        let (uid, gid) = attr.owner.unwrap_or(self.owner);
         FileAttr {
             ino: INodeNo(attr.ino.get()),
             size: attr.size,
@@ -77,8 +78,8 @@ impl Shown {
             kind: file_type(attr.kind),
             perm: attr.mode,
             nlink: attr.nlink,
-            uid: self.owner.0,
-            gid: self.owner.1,
+            uid,
+            gid,
             rdev: 0,
             blksize: 4096,
             flags: 0,
@@ -97,6 +98,7 @@ impl Shown {
                     kind: FileKind::File,
                     size: 0,
                     mode: 0,
+                    owner: None,
                     nlink: 0,
                     mtime: (0, 0),
                     lasting: inside,
@@ -190,7 +192,9 @@ impl Part<ReplyDirectoryPlus> {
                 ino: entry.ino,
                 kind: entry.kind,
                 size: 0,
-                mode: 0o755,
+                // Until it is known, which is before anybody is let in.
+                mode: 0,
+                owner: None,
                 nlink: 2,
                 mtime: (0, 0),
                 lasting: false,

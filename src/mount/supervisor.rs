@@ -26,6 +26,7 @@
 mod control;
 mod handshake;
 mod policy;
+mod privilege;
 mod process;
 mod replace;
 mod systemd;
@@ -44,13 +45,16 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
 
 pub use control::{Status, replace, status};
+pub use privilege::{become_user, ordinary_user};
 pub use process::Program;
 pub use worker::work;
 
 use self::control::Listener;
 use self::policy::{Death, Next, Policy};
+use self::privilege::Favours;
+pub(super) use self::privilege::{Helper, is_for_now};
 use self::process::{Prepared, Start, Worker};
-use self::wire::{Came, FromWorker, wait_for};
+use self::wire::{Came, FromWorker, ToWorker, wait_for};
 use super::kept::{About, Kept, Number};
 use super::{Ended, attach, mounted_at, table};
 use crate::error::{Error, IoContext, Kind, Result};
@@ -58,6 +62,9 @@ use crate::sys;
 
 /// How long a worker may take to write down what it knows once the mount is gone.
 const SETTLES: Duration = Duration::from_secs(20);
+
+/// Messages of a worker that are heard before something else is looked at.
+const HEARD: usize = 64;
 
 /// How to supervise.
 #[derive(Debug)]
@@ -120,6 +127,8 @@ struct Supervisor {
     last_death: Option<(Death, String)>,
     /// Signals to leave that came.
     leaving: usize,
+    /// What was done for workers without privilege.
+    favours: Favours,
 }
 
 #[derive(Debug)]
@@ -158,6 +167,7 @@ pub fn supervise(settings: Settings, ready: impl FnOnce()) -> Result<Ended> {
         lingering: Vec::new(),
         last_death: None,
         leaving: 0,
+        favours: Favours::default(),
     };
     supervisor.kept.set(Number::Supervisor, std::process::id().into());
     match supervisor.mounted.is_some() {
@@ -428,13 +438,21 @@ impl Supervisor {
         self.lingering.retain_mut(|worker| worker.ended().is_none());
         let Some(worker) = &mut self.worker else { return Ok(()) };
         let mut unmount = false;
-        loop {
+        // What is left is heard next time: one that never stops talking keeps nothing else from being done.
+        for _ in 0..HEARD {
             match worker.socket.receive() {
                 Ok(Came::Message(FromWorker::Pong(number), _)) if number == worker.watch.number => {
                     worker.watch.asked = None;
                     worker.watch.heard = Some(Instant::now());
                 }
                 Ok(Came::Message(FromWorker::Unmount, _)) => unmount = true,
+                Ok(Came::Message(FromWorker::Help { number, favour }, with)) => {
+                    let Some(mounted) = &self.mounted else { continue };
+                    let (outcome, file) = self.favours.grant(&mounted.device, favour, with);
+                    let with: Vec<_> = file.iter().map(AsFd::as_fd).collect();
+                    // One that is gone needs nothing any more.
+                    let _ = worker.send(&ToWorker::Helped { number, outcome }, &with);
+                }
                 Ok(Came::Message(FromWorker::Failed(failure), _)) => {
                     let error = failure.into_error();
                     tracing::error!(error = error.chain(), "the worker ends");

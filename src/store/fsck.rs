@@ -99,6 +99,7 @@ impl Store {
         let layers = self.check_layers(&mut report, &objects)?;
         self.check_keys_and_interpreters(&mut report, &layers)?;
         self.check_environments(&mut report, &layers, &objects)?;
+        self.check_owners(&mut report)?;
         self.check_signatures(&mut report)?;
         let left = list_names(&self.tmp())?.len();
         if left > 0 {

@@ -48,11 +48,16 @@ impl Index {
                 .hint("check that its directory is writable and on a local disk with free space")
                 .with_source(source)
         };
+        // It repeats what layers of all workflows are made of. SQLite's other files get the mode of this one, and SQLite
+        // says why where it cannot be made.
+        let own = |path: &Path| drop(crate::private::append(path));
+        own(&path);
         let db = match open(&path) {
             Ok(db) => db,
             Err(error) if is_damage(&error) => {
                 tracing::warn!(path = %path.display(), %error, "the index is damaged and is begun anew");
                 remove(&path);
+                own(&path);
                 open(&path).map_err(unusable)?
             }
             Err(error) => return Err(unusable(error)),

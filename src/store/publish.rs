@@ -254,6 +254,16 @@ pub(super) fn bytes(root: &Path, target: &Path, bytes: &[u8]) -> Result<bool> {
     written(root, bytes)?.link(target)
 }
 
+/// Puts `bytes` in the place of what is called `target`. For what says the same and more: whoever reads at that moment
+/// gets the one or the other.
+pub(super) fn replace(root: &Path, target: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = written(root, bytes)?;
+    temporary.file.seal().at("setting the mode of", &temporary.path)?;
+    temporary.file.sync().at("syncing", &temporary.path)?;
+    disk::rename(&temporary.path, target).at("replacing", target)?;
+    sync_dir(target.parent().unwrap_or(Path::new("/")))
+}
+
 /// Publishes `bytes` as `target`, also over something there that is not `sound`.
 pub(super) fn bytes_or_repair(root: &Path, target: &Path, bytes: &[u8], sound: impl FnOnce() -> bool) -> Result<()> {
     written(root, bytes)?.link_or_repair(target, sound)

@@ -2,7 +2,7 @@
 //!
 //! A signature does not grow old: who can write to the store can take the newest pointer away, and the one before it is
 //! as good as it was. Only memory helps. Of each environment the newest pointer is remembered, and every version that was
-//! read. Unlike the index this repeats nothing, so a database that is damaged is an error and is not begun anew.
+//! read; of each workflow the newest statement of whose it is. Unlike the index this repeats nothing, so a database that is damaged is an error and is not begun anew.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,6 +17,8 @@ use crate::error::{Error, IoContext, Kind, Result};
 const POINTER: i64 = 0;
 /// Rows of versions.
 const VERSION: i64 = 1;
+/// Rows of owners, of a workflow instead of an environment: the one has no slash in its name, the other has.
+const OWNER: i64 = 2;
 
 /// See the module.
 #[derive(Debug)]
@@ -32,6 +34,8 @@ impl Seen {
         // The id comes from the store, which is not to be trusted with names.
         let id: String = id.chars().filter(char::is_ascii_alphanumeric).take(64).collect();
         let path = dir.join(format!("seen-{id}.sqlite"));
+        // SQLite says why where it cannot be made.
+        drop(crate::private::append(&path));
         let opened = Connection::open(&path).and_then(prepare);
         let db = opened.map_err(|error| told(&path, error))?;
         Ok(Seen { db: Mutex::new(db), path })
@@ -50,10 +54,19 @@ impl Seen {
 
     /// Sequence number and nonce of the newest pointer of `name`.
     pub(super) fn pointer(&self, name: &EnvName) -> Result<Option<(u64, String)>> {
+        self.newest(&name.to_string(), POINTER)
+    }
+
+    /// Sequence number and nonce of the newest statement of whose `workflow` is.
+    pub(super) fn owner(&self, workflow: &str) -> Result<Option<(u64, String)>> {
+        self.newest(workflow, OWNER)
+    }
+
+    fn newest(&self, name: &str, kind: i64) -> Result<Option<(u64, String)>> {
         let select = "SELECT number, nonce FROM seen WHERE environment = ?1 AND kind = ?2 ORDER BY number DESC LIMIT 1";
         let found = self.db().prepare_cached(select).and_then(|mut select| {
             let read = |row: &rusqlite::Row<'_>| Ok((row.get::<_, i64>(0)?.unsigned_abs(), row.get(1)?));
-            select.query_row((name.to_string(), POINTER), read).optional()
+            select.query_row((name, kind), read).optional()
         });
         found.map_err(|error| told(&self.path, error))
     }
@@ -76,27 +89,36 @@ impl Seen {
 
     /// Remembers a pointer as the newest, unless a newer one is.
     pub(super) fn note_pointer(&self, name: &EnvName, sequence: u64, nonce: &str) -> Result<()> {
-        self.note(name, POINTER, sequence, nonce)?;
+        self.note_newest(&name.to_string(), POINTER, sequence, nonce)
+    }
+
+    /// The same for whose `workflow` is.
+    pub(super) fn note_owner(&self, workflow: &str, sequence: u64, nonce: &str) -> Result<()> {
+        self.note_newest(workflow, OWNER, sequence, nonce)
+    }
+
+    fn note_newest(&self, name: &str, kind: i64, sequence: u64, nonce: &str) -> Result<()> {
+        self.note(name, kind, sequence, nonce)?;
         let older = "DELETE FROM seen WHERE environment = ?1 AND kind = ?2 AND number <
                      (SELECT max(number) FROM seen WHERE environment = ?1 AND kind = ?2)";
-        let done = self.db().execute(older, (name.to_string(), POINTER));
+        let done = self.db().execute(older, (name, kind));
         done.map(|_| ()).map_err(|error| told(&self.path, error))
     }
 
     /// Remembers a version.
     pub(super) fn note_version(&self, name: &EnvName, number: u64, nonce: &str) -> Result<()> {
-        self.note(name, VERSION, number, nonce)
+        self.note(&name.to_string(), VERSION, number, nonce)
     }
 
-    fn note(&self, name: &EnvName, kind: i64, number: u64, nonce: &str) -> Result<()> {
+    fn note(&self, name: &str, kind: i64, number: u64, nonce: &str) -> Result<()> {
         let insert = "INSERT OR IGNORE INTO seen VALUES (?1, ?2, ?3, ?4)";
-        let done = self.db().execute(insert, (name.to_string(), kind, number as i64, nonce));
+        let done = self.db().execute(insert, (name, kind, number as i64, nonce));
         done.map(|_| ()).map_err(|error| told(&self.path, error))
     }
 
-    /// Forgets everything of `name`; false when that was nothing.
-    pub(super) fn forget(&self, name: &EnvName) -> Result<bool> {
-        let done = self.db().execute("DELETE FROM seen WHERE environment = ?1", [name.to_string()]);
+    /// Forgets everything of `name`, an environment or a workflow; false when that was nothing.
+    pub(super) fn forget(&self, name: &str) -> Result<bool> {
+        let done = self.db().execute("DELETE FROM seen WHERE environment = ?1", [name]);
         done.map(|rows| rows > 0).map_err(|error| told(&self.path, error))
     }
 }
@@ -139,8 +161,11 @@ mod tests {
         assert_eq!(seen.pointer(&name).unwrap(), Some((7, "d".into())));
         assert_eq!((seen.version(&name, 2).unwrap(), seen.version(&name, 1).unwrap()), (Some("v".into()), None));
         assert_eq!((seen.highest_version(&name).unwrap(), seen.highest_version(&other).unwrap()), (2, 0));
-        assert!(seen.forget(&name).unwrap() && !seen.forget(&name).unwrap());
+        seen.note_owner("w", 4, "o").unwrap();
+        assert!(seen.forget("w/a").unwrap() && !seen.forget("w/a").unwrap());
         assert_eq!(seen.pointer(&name).unwrap(), None);
+        assert_eq!(seen.owner("w").unwrap(), Some((4, "o".into())));
+        assert!(seen.forget("w").unwrap() && seen.owner("w").unwrap().is_none());
         assert!(dir.path().join("seen-ab12.sqlite").exists());
     }
 

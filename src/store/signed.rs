@@ -1,4 +1,4 @@
-//! Signed documents: versions and pointers that say who made them.
+//! Signed documents: versions, pointers and owners that say who made them.
 //!
 //! ```text
 //! {...,"signed":{"by":"ed25519:<64 digits>","signature":"<128 digits>"},"seal":"..."}
@@ -9,6 +9,7 @@
 //!
 //! ```text
 //! envfabric signed document 1\n  version | pointer \n  id of the store \n  workflow/node \n  number \n  {...
+//! envfabric signed document 1\n  owner \n  id of the store \n  workflow \n  number \n  {...
 //! ```
 //!
 //! The heading is not in the document: whoever checks makes it of what was asked for. So a document that is put under
@@ -27,6 +28,7 @@
 //! **Who decides** what is good enough is the node: its own configuration names the keys. What the store says of itself
 //! ([`super::Policy`]) helps those who publish, and nobody else.
 
+use std::fmt::Display;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -52,6 +54,7 @@ pub const KEYS_MAX: usize = 64;
 pub(super) enum Statement {
     Version,
     Pointer,
+    Owner,
 }
 
 /// Keys that this machine trusts, and what it has seen of what they signed.
@@ -83,9 +86,9 @@ impl TrustedKeys {
         &self.keys
     }
 
-    /// Forgets what was seen of `name`; false when that was nothing.
-    pub fn forget(&self, name: &EnvName) -> Result<bool> {
-        self.seen.forget(name)
+    /// Forgets what was seen of `name`, an environment or a workflow; false when that was nothing.
+    pub fn forget(&self, name: impl Display) -> Result<bool> {
+        self.seen.forget(&name.to_string())
     }
 
     /// `key` as it is called here, where it is trusted.
@@ -137,10 +140,11 @@ impl Signature {
 }
 
 /// The bytes that are signed.
-fn message(statement: Statement, store: &str, name: &EnvName, number: u64, body: &[u8]) -> Vec<u8> {
+fn message(statement: Statement, store: &str, name: &dyn Display, number: u64, body: &[u8]) -> Vec<u8> {
     let statement = match statement {
         Statement::Version => "version",
         Statement::Pointer => "pointer",
+        Statement::Owner => "owner",
     };
     let heading = format!("envfabric signed document 1\n{statement}\n{store}\n{name}\n{number}\n");
     [heading.as_bytes(), body].concat()
@@ -200,14 +204,14 @@ impl Store {
     pub(super) fn signed<T: Serialize>(
         &self,
         statement: Statement,
-        name: &EnvName,
+        name: impl Display,
         number: u64,
         value: &T,
     ) -> Result<Vec<u8>> {
         seal::write_with(value, |body| match &self.signing.signer {
             None => Vec::new(),
             Some(signer) => {
-                let signature = signer.sign(&message(statement, &self.fabric.id, name, number, body));
+                let signature = signer.sign(&message(statement, &self.fabric.id, &name, number, body));
                 member(&signer.public(), &signature)
             }
         })
@@ -217,7 +221,7 @@ impl Store {
     fn signature_in(
         &self,
         statement: Statement,
-        name: &EnvName,
+        name: &dyn Display,
         number: u64,
         bytes: &[u8],
         trust: Option<&TrustedKeys>,
@@ -234,13 +238,46 @@ impl Store {
     }
 
     /// Refuses the bytes of a document that is not signed as this machine asks for.
-    fn admit(&self, statement: Statement, name: &EnvName, number: u64, bytes: &[u8]) -> Result<()> {
+    fn admit(&self, statement: Statement, name: &dyn Display, number: u64, bytes: &[u8]) -> Result<()> {
         let Some(trust) = self.trust() else { return Ok(()) };
         let why = match self.signature_in(statement, name, number, bytes, Some(trust)) {
             Signature::Trusted { .. } => return Ok(()),
             why => why.sentence(),
         };
-        Err(rejected(&format!("{} is refused: {why}", subject(statement, name, number)), name))
+        let what = format!("{} is refused: {why}", subject(statement, name, number));
+        Err(match statement {
+            Statement::Version | Statement::Pointer => rejected(&what, name),
+            Statement::Owner => owner_rejected(&what, name),
+        })
+    }
+
+    /// Admits the document of whose `workflow` is with these bytes.
+    pub(super) fn admit_owner(&self, workflow: &str, sequence: u64, bytes: &[u8]) -> Result<()> {
+        self.admit(Statement::Owner, &workflow, sequence, bytes)
+    }
+
+    /// The sequence number of the newest statement of whose `workflow` is that this machine has seen.
+    pub(super) fn newest_owner_seen(&self, workflow: &str) -> Result<Option<u64>> {
+        match self.trust() {
+            Some(trust) => Ok(trust.seen.owner(workflow)?.map(|(sequence, _)| sequence)),
+            None => Ok(None),
+        }
+    }
+
+    /// Takes an admitted statement of whose `workflow` is for the newest; refuses an old one.
+    pub(super) fn note_owner(&self, workflow: &str, sequence: u64, nonce: &str) -> Result<()> {
+        let Some(trust) = self.trust() else { return Ok(()) };
+        match trust.seen.owner(workflow)? {
+            Some((seen, _)) if seen > sequence => Err(owner_replayed(workflow, seen)),
+            Some((seen, known)) if seen == sequence && known != nonce => {
+                let what = format!(
+                    "owner {sequence} of {workflow} is refused: this machine has seen another owner {sequence} of it"
+                );
+                Err(owner_rejected(&what, &workflow))
+            }
+            Some((seen, _)) if seen == sequence => Ok(()),
+            _ => trust.seen.note_owner(workflow, sequence, nonce),
+        }
     }
 
     /// Admits the document of a version with these bytes, and remembers it.
@@ -365,10 +402,11 @@ impl Store {
     }
 }
 
-fn subject(statement: Statement, name: &EnvName, number: u64) -> String {
+fn subject(statement: Statement, name: &dyn Display, number: u64) -> String {
     match statement {
         Statement::Version => format!("version {number} of {name}"),
         Statement::Pointer => format!("pointer {number} of {name}, which says what version is current,"),
+        Statement::Owner => format!("owner {number} of {name}, which says who may look at it,"),
     }
 }
 
@@ -382,7 +420,21 @@ pub(super) fn replayed(name: &EnvName, seen: u64) -> Error {
     ))
 }
 
-fn rejected(what: &str, name: &EnvName) -> Error {
+/// An older owner than the one that was seen.
+pub(super) fn owner_replayed(workflow: &str, seen: u64) -> Error {
+    let what =
+        format!("what is said of whose {workflow} is is refused: owner {seen}, which this machine has seen, is gone");
+    Error::new(Kind::Rejected, what).hint(format!(
+        "if the store was restored from a backup: say it anew with `envfabric owner {workflow} --uid U` on a machine that has seen it, or here `envfabric key forget {workflow}`"
+    ))
+}
+
+fn owner_rejected(what: &str, workflow: &dyn Display) -> Error {
+    Error::new(Kind::Rejected, what)
+        .hint(format!("say it anew, with a trusted key: `envfabric owner {workflow} --uid U --sign-with FILE`"))
+}
+
+fn rejected(what: &str, name: &dyn Display) -> Error {
     Error::new(Kind::Rejected, what).hint(format!(
         "`envfabric versions {name}` tells who signed what; make it anew with a trusted key, or trust the key with --trust-key"
     ))

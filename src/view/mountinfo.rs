@@ -5,6 +5,7 @@
 //! bounded ([`TEXT_MAX`], `CANDIDATES_MAX`, `DEPTH_MAX`), and beyond that nothing is reached.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -44,10 +45,20 @@ impl MountLine {
     }
 }
 
+/// Who can open the mountinfo of a thread that this process may not look at.
+pub trait Elsewhere: std::fmt::Debug + Send + Sync {
+    /// The mountinfo of thread `tid`.
+    fn mountinfo(&self, tid: u32) -> Option<File>;
+}
+
+/// The text of the file at `path`; none when it is longer than [`TEXT_MAX`] or cannot be read.
+pub fn read(path: &Path) -> Option<Vec<u8>> {
+    read_all(File::open(path).ok()?)
+}
+
 /// The text of `file`; none when it is longer than [`TEXT_MAX`] or cannot be read.
-pub fn read(file: &Path) -> Option<Vec<u8>> {
+pub fn read_all(file: File) -> Option<Vec<u8>> {
     let mut text = Vec::new();
-    let file = std::fs::File::open(file).ok()?;
     file.take(TEXT_MAX as u64 + 1).read_to_end(&mut text).ok()?;
     (text.len() <= TEXT_MAX).then_some(text)
 }

@@ -25,13 +25,13 @@ use std::time::{Duration, Instant};
 
 use super::keys::WasCurrent;
 use super::slots::Slots;
-use crate::environment::{EnvName, Version};
+use crate::environment::{EnvName, Owner, Version};
 use crate::error::{Error, Kind, Result};
 use crate::patience::{self, Answered, Flights};
 use crate::store::{Store, in_parallel};
 pub(super) use cells::{Age, Known};
 use cells::{Cells, Outage, lock, time_now};
-use sorts::{Nodes, Pointers, Sort, Versions, Workflows};
+use sorts::{Nodes, Owners, Pointers, Sort, Versions, Workflows};
 
 /// How long an answer of the store is repeated without asking again.
 pub const FRESH: Duration = Duration::from_millis(250);
@@ -56,6 +56,27 @@ pub enum NameChange {
     Current(EnvName),
     /// The versions of an environment.
     Versions(EnvName),
+    /// Who may look at a workflow.
+    Owner(String),
+}
+
+/// Whose a workflow is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// Of everybody who is let into the mount.
+    Everybodys,
+    /// This user's and group's.
+    Of(Owner),
+    /// It cannot be told: it is for root and who mounted alone.
+    Nobodys,
+}
+
+/// Who may look at a workflow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Access {
+    pub(super) whose: Whose,
+    /// Of the document that says so; 0 for none.
+    sequence: u64,
 }
 
 /// An environment as its directory shows it.
@@ -91,6 +112,7 @@ pub(super) struct Names {
     nodes: Cells<String, Vec<String>>,
     pointers: Cells<EnvName, Pointed>,
     versions: Cells<EnvName, Vec<u64>>,
+    owners: Cells<String, Access>,
     /// A live environment of each workflow, so that one look answers whether the workflow is there.
     witness: Mutex<HashMap<String, EnvName>>,
     /// Environments of which a version was shown.
@@ -135,6 +157,7 @@ impl Names {
             nodes: Cells::new(Some(begun)),
             pointers: Cells::new(None),
             versions: Cells::new(Some(begun)),
+            owners: Cells::new(Some(begun)),
             witness: Mutex::default(),
             used: Mutex::default(),
             shown: OnceLock::new(),
@@ -306,12 +329,15 @@ impl Names {
         let nodes = self.nodes.keys_asked_since(since);
         let pointers = self.pointers.keys_asked_since(since);
         let versions = self.versions.keys_asked_since(since);
-        // What fails is logged and tried again next time.
+        let owners = self.owners.keys_asked_since(since);
+        // What fails is logged and tried again next time. First who may look at all.
+        owners.iter().for_each(|workflow| drop(self.access_asked(workflow, false)));
         workflows.iter().for_each(|()| drop(self.workflows_asked(Age::Fresh, false)));
         nodes.iter().for_each(|workflow| drop(self.nodes_asked(workflow, Age::Fresh, false)));
         in_parallel(&pointers, |name| drop(self.env_asked(name, Age::Fresh, false)));
         versions.iter().for_each(|name| drop(self.versions_asked(name, Age::Fresh, false)));
-        !(workflows.is_empty() && nodes.is_empty() && pointers.is_empty() && versions.is_empty())
+        let nothing = workflows.is_empty() && nodes.is_empty() && pointers.is_empty() && versions.is_empty();
+        !(nothing && owners.is_empty())
     }
 
     /// `store`, where it is still the one that was mounted; asked once in a while.
@@ -475,6 +501,20 @@ impl Names {
 
     fn versions_asked(self: &Arc<Self>, name: &EnvName, age: Age, ask: bool) -> Result<Known<Vec<u64>>> {
         self.asked::<Versions>(name, age, ask).map(or_nothing)
+    }
+
+    /// Whose `workflow` is. Never older than [`FRESH`] while the store answers; when it does not, as it was known last.
+    ///
+    /// # Errors
+    /// Where nothing is known of it: then nobody may be let in.
+    pub(super) fn whose(self: &Arc<Self>, workflow: &str) -> Result<Whose> {
+        let known = self.access_asked(workflow, true)?;
+        let unknown = || Error::new(Kind::Failed, format!("whose {workflow} is cannot be told"));
+        known.map(|known| known.value.whose).ok_or_else(unknown)
+    }
+
+    fn access_asked(self: &Arc<Self>, workflow: &str, ask: bool) -> Result<Option<Known<Access>>> {
+        self.asked::<Owners>(&workflow.to_string(), Age::Fresh, ask)
     }
 
     /// The document of a version, read from the store now.

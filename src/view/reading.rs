@@ -83,7 +83,10 @@ impl Tree {
         use std::os::unix::ffi::OsStrExt;
         let Some(mountpoint) = self.mountpoint.get() else { return view.config(view.path().as_bytes()) };
         // A reader that is gone, or that may not be looked at, gets the configured mount point.
-        let text = reader.tid.and_then(|tid| mountinfo::read(format!("/proc/{tid}/mountinfo").as_ref()));
+        let text = reader.tid.and_then(|tid| match File::open(format!("/proc/{tid}/mountinfo")) {
+            Ok(file) => mountinfo::read_all(file),
+            Err(_) => self.elsewhere.get()?.mountinfo(tid).and_then(mountinfo::read_all),
+        });
         let reached = text.and_then(|text| {
             mountinfo::reach(&mountinfo::parse(&text), mountpoint.dev, view.path().as_bytes(), &mountpoint.path)
         });

@@ -3,6 +3,7 @@
 //! It listens on a socket whose name has the mount's device number, so whoever sees the mount finds it, and nothing is
 //! left behind in a file system. It answers root and the user that it runs as, and nobody else.
 
+use std::cell::Cell;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
@@ -90,23 +91,29 @@ fn new_socket() -> nix::Result<OwnedFd> {
 
 /// Where questions come in.
 #[derive(Debug)]
-pub(super) struct Listener(OwnedFd);
+pub(super) struct Listener {
+    socket: OwnedFd,
+    /// That somebody was refused was told; whoever may be refused as often as he likes must not fill the log.
+    told: Cell<bool>,
+}
 
 impl Listener {
     pub(super) fn bind(dev: (u32, u32)) -> io::Result<Listener> {
         let socket = new_socket()?;
         bind(socket.as_raw_fd(), &address(dev)?)?;
         listen(&socket, Backlog::new(8)?)?;
-        Ok(Listener(socket))
+        Ok(Listener { socket, told: Cell::new(false) })
     }
 
     /// A question, of somebody who may ask, with where the answer goes; waits for it only as long as it takes to write
     /// one.
     fn take(&self) -> io::Result<Option<(Question, Vec<OwnedFd>, Socket)>> {
-        let asks = crate::sys::own(accept4(self.0.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?)?;
+        let asks = crate::sys::own(accept4(self.socket.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?)?;
         let user = getsockopt(&asks, PeerCredentials)?.uid();
         if user != 0 && user != nix::unistd::geteuid().as_raw() {
-            tracing::warn!(user, "somebody else wants to tell this mount what to do");
+            if !self.told.replace(true) {
+                tracing::warn!(user, "somebody else wants to tell this mount what to do; more of that is not told");
+            }
             return Ok(None);
         }
         let asks = Socket::new(asks);
@@ -119,7 +126,7 @@ impl Listener {
 
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 }
 
@@ -230,11 +237,19 @@ fn asked(mount: &MountInfo) -> io::Result<Option<Socket>> {
 }
 
 fn ask(asked: &Socket, dir: &Path, question: &Question, with: &[BorrowedFd<'_>], patience: Duration) -> Result<Answer> {
-    asked.send(question, with).at("asking the supervisor of", dir)?;
+    let deaf = || {
+        Error::new(Kind::Failed, format!("the supervisor of {} does not listen", dir.display()))
+            .hint("it listens to root and to the user who mounted")
+    };
+    match asked.send(question, with) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+            return Err(deaf());
+        }
+        sent => sent.at("asking the supervisor of", dir)?,
+    }
     match asked.wait(Instant::now() + patience, &[]).at("hearing from the supervisor of", dir)? {
         Came::Message(answer, _) => Ok(answer),
-        Came::Closed => Err(Error::new(Kind::Failed, format!("the supervisor of {} does not listen", dir.display()))
-            .hint("it listens to root and to the user who mounted")),
+        Came::Closed => Err(deaf()),
         Came::Nothing => {
             let what = format!("the supervisor of {} has not answered for {} s", dir.display(), patience.as_secs());
             Err(Error::new(Kind::TimedOut, what).hint("its process may be stopped"))

@@ -51,7 +51,15 @@ impl Program {
 
     /// The same with the settings that this process was given by variables.
     pub fn with_settings(self) -> Program {
-        Program { env: std::env::vars_os().filter(|(name, _)| is_setting(name)).collect(), ..self }
+        let own = std::env::vars_os().filter(|(name, _)| is_setting(name));
+        // What is there was chosen for it.
+        let env = own.filter(|(name, _)| !self.env.iter().any(|(chosen, _)| chosen == name)).collect::<Vec<_>>();
+        Program { env: env.into_iter().chain(self.env).collect(), ..self }
+    }
+
+    /// The same for another user, whose home is `home`, with the other settings of this process.
+    pub fn at_home_in(self, home: &Path) -> Program {
+        Program { env: vec![("HOME".into(), home.into())], ..self }.with_settings()
     }
 }
 
@@ -162,6 +170,10 @@ impl Worker {
         loop {
             match self.socket.wait(end, or).at("hearing from", "a worker process")? {
                 Came::Message(FromWorker::Failed(failure), _) => return Err(failure.into_error()),
+                // Not now; it is not to wait for an answer that never comes.
+                Came::Message(FromWorker::Help { number, .. }, _) => {
+                    let _ = self.send(&ToWorker::Helped { number, outcome: Err(libc::EAGAIN) }, &[]);
+                }
                 Came::Message(message, _) => {
                     if let Some(found) = wanted(message) {
                         return Ok(found);

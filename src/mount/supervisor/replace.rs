@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::privilege::Favours;
 use super::process::{Program, Worker};
 use super::wire::{ToWorker, wait_for};
 use super::{Number, Supervisor};
@@ -43,6 +44,8 @@ impl Supervisor {
             old.into_iter().for_each(|old| self.drain(old));
         }
         tracing::info!("another worker serves");
+        // One with privilege lets go by itself of what the one before it was helped to.
+        self.favours = Favours::default();
         self.kept.add(Number::Replacements, 1);
         self.program = program;
         Ok(())

@@ -11,6 +11,7 @@ use nix::sys::socket::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::privilege::{Favour, Outcome};
 use crate::error::{Error, Kind};
 
 /// The longest message, in bytes: what fits the usual buffer of a socket.
@@ -42,6 +43,8 @@ pub(in crate::mount) enum ToWorker {
     LetGo,
     /// Finish what you have read, read no more, and end.
     Drain,
+    /// The answer to the request for help of that number.
+    Helped { number: u64, outcome: Outcome },
 }
 
 /// What a worker tells its supervisor.
@@ -61,6 +64,8 @@ pub(in crate::mount) enum FromWorker {
     Unmount,
     /// The connection has ended.
     Ended,
+    /// Something is asked for that needs the supervisor's privilege.
+    Help { number: u64, favour: Favour },
 }
 
 /// An error on its way to another process.

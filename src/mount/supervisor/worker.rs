@@ -16,8 +16,10 @@ use signal_hook::iterator::Signals;
 
 use super::super::kept::{self, Kept};
 use super::super::{Options, Ready, Running, Served, Tenure, attach, ready, settle};
+use super::privilege::Helper;
 use super::wire::{Came, Failure, FromWorker, Socket, ToWorker};
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::mount::passthrough::Backings;
 use crate::mount::serving::Agreed;
 use crate::mount::shift::blame_this_thread;
 use crate::store::{Index, Store};
@@ -34,6 +36,7 @@ struct Orders {
     dir: PathBuf,
     agreed: Agreed,
     rehearse: bool,
+    helper: Option<Arc<Helper>>,
 }
 
 /// What serves, in the worker's main thread.
@@ -43,13 +46,18 @@ struct Work {
 }
 
 /// Serves what a supervisor has mounted, at the other end of `control`, until that ends. `open` gives what is to be shown
-/// and how.
+/// and how. Where it is `unprivileged` and the supervisor is not, the supervisor is asked for what only root may do.
 ///
 /// # Errors
 /// Those that the supervisor was told, too.
-pub fn work(control: OwnedFd, open: impl Fn() -> Result<(Store, Arc<Index>, Options)>) -> Result<()> {
+pub fn work(
+    control: OwnedFd,
+    unprivileged: bool,
+    open: impl Fn() -> Result<(Store, Arc<Index>, Options)>,
+) -> Result<()> {
     let control = Arc::new(Socket::new(control));
-    let done = try_work(&control, open);
+    let helper = unprivileged.then(|| Arc::new(Helper::new(control.clone())));
+    let done = try_work(&control, helper, open);
     if let Err(error) = &done {
         let _ = control.send(&FromWorker::Failed(Failure::from(error)), &[]);
     }
@@ -70,13 +78,17 @@ fn gone() -> Error {
     Error::new(Kind::Failed, "the supervisor of the mount is gone").hint("a worker is not started by hand: use `mount`")
 }
 
-fn try_work(control: &Arc<Socket>, open: impl Fn() -> Result<(Store, Arc<Index>, Options)>) -> Result<()> {
+fn try_work(
+    control: &Arc<Socket>,
+    helper: Option<Arc<Helper>>,
+    open: impl Fn() -> Result<(Store, Arc<Index>, Options)>,
+) -> Result<()> {
     let mut orders = match next(control)? {
         (ToWorker::Start { life, mount_point, resend, passthrough, rehearse }, mut with) if with.len() == 2 => {
             let (stage, file) = (with.pop().ok_or_else(gone)?, with.pop().ok_or_else(gone)?);
             let (kept, dir) = (Arc::new(Kept::open(file)?), PathBuf::from(mount_point));
             abort_on_panic(kept.clone());
-            Orders { kept, stage, life, dir, agreed: Agreed { resend, passthrough }, rehearse }
+            Orders { kept, stage, life, dir, agreed: Agreed { resend, passthrough }, rehearse, helper }
         }
         _ => return Err(gone()),
     };
@@ -93,7 +105,7 @@ fn try_work(control: &Arc<Socket>, open: impl Fn() -> Result<(Store, Arc<Index>,
             }
             (ToWorker::Serve { dev }, mut with) => break (dev, with.pop().ok_or_else(gone)?),
             (ToWorker::Ping { number, .. }, _) => tell(control, &FromWorker::Pong(number))?,
-            (ToWorker::Start { .. } | ToWorker::LetGo | ToWorker::Drain, _) => {}
+            (ToWorker::Start { .. } | ToWorker::LetGo | ToWorker::Drain | ToWorker::Helped { .. }, _) => {}
         }
     };
     serve(control, work, &orders, dev, device)
@@ -123,6 +135,7 @@ fn prepare(control: &Socket, orders: &Orders, open: impl Fn() -> Result<(Store, 
         life: Some(orders.life),
         agreed: orders.agreed,
         rehearses: orders.rehearse,
+        helper: orders.helper.clone(),
     };
     let ready = ready(tree, &options, &orders.dir, true, &tenure)?;
     ready.tree.prove()?;
@@ -150,15 +163,18 @@ fn serve(control: &Arc<Socket>, work: Work, orders: &Orders, dev: (u32, u32), de
     let at = Mountpoint { path: orders.dir.clone(), dev };
     ready.tree.set_mountpoint(at.clone());
     if orders.has_passthrough() {
-        ready.adapter.passthrough.serve(device.try_clone().at("serving", &at.path)?);
+        ready.adapter.passthrough.serve(match &orders.helper {
+            Some(helper) => Backings::Helped(helper.clone()),
+            None => Backings::Own(device.try_clone().at("serving", &at.path)?),
+        });
     }
     sys::put_in_place(&device, number).at("serving", &at.path)?;
     drop(device);
     tell(control, &FromWorker::Serving)?;
     ready.begin(at.clone(), notifier)?;
     let ready = Arc::new(ready);
-    let (heard, hears) = (control.clone(), ready.clone());
-    let listen = move || listen(&heard, &hears);
+    let (heard, hears, helper) = (control.clone(), ready.clone(), orders.helper.clone());
+    let listen = move || listen(&heard, &hears, helper.as_deref());
     std::thread::Builder::new().name("control".into()).spawn(listen).at("serving", &at.path)?;
     let asked = control.clone();
     let asked = move || take_signals(signals, &asked, &at);
@@ -196,11 +212,12 @@ fn take_signals(mut signals: Signals, control: &Socket, at: &Mountpoint) {
 }
 
 /// Does what the supervisor says, for as long as there is one. Without it, it goes on serving.
-fn listen(control: &Socket, ready: &Ready) {
+fn listen(control: &Socket, ready: &Ready, helper: Option<&Helper>) {
     loop {
-        let order = match next(control) {
-            Ok((order, _)) => order,
+        let (order, with) = match next(control) {
+            Ok(order) => order,
             Err(_) => {
+                helper.into_iter().for_each(Helper::is_alone);
                 tracing::error!("the supervisor is gone: when this process ends, so does the mount");
                 return;
             }
@@ -216,6 +233,12 @@ fn listen(control: &Socket, ready: &Ready) {
                 control.send(&FromWorker::HasLetGo, &[])
             }
             ToWorker::Drain => drain(ready),
+            ToWorker::Helped { number, outcome } => {
+                if let Some(helper) = helper {
+                    helper.answer(number, outcome, with);
+                }
+                Ok(())
+            }
             ToWorker::Start { .. } | ToWorker::Begin | ToWorker::Serve { .. } => Ok(()),
         };
         if answered.is_err() {

@@ -1,13 +1,13 @@
-//! The four sorts of names, and how the store is asked for each.
+//! The sorts of names, and of what is said of them, and how the store is asked for each.
 
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::Arc;
 
 use super::cells::{Age, Cells, Known, lock};
-use super::{NameChange, Names, Pointed, Source, WATCHED};
+use super::{Access, NameChange, Names, Pointed, Source, WATCHED, Whose};
 use crate::environment::EnvName;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::patience::{self, Leave};
 use crate::store::in_parallel;
 
@@ -62,6 +62,9 @@ impl Sort for Workflows {
             return Ok(None);
         }
         found.retain(|workflow| names.has_listed_node(workflow, Age::Fresh, ask).unwrap_or(true));
+        // Whoever lists them asks for each one's owner next; many are asked at once.
+        let leave = Leave::of_this_thread();
+        in_parallel(&found, |workflow| leave.run(|| drop(names.access_asked(workflow, false))));
         Ok(Some(found))
     }
 
@@ -186,5 +189,69 @@ impl Sort for Versions {
 
     fn change(name: &EnvName) -> NameChange {
         NameChange::Versions(name.clone())
+    }
+}
+
+/// Who may look at a workflow.
+#[derive(Debug)]
+pub(super) struct Owners;
+
+/// True for what is wrong with a document, or with the way to it; else it is the store that does not answer as it should.
+fn is_about_document(error: &Error) -> bool {
+    match error.kind() {
+        Kind::Corrupt | Kind::Unsupported | Kind::Rejected => true,
+        Kind::Os(errno) => [libc::EACCES, libc::EPERM, libc::ENOTDIR, libc::EISDIR].contains(&errno),
+        _ => false,
+    }
+}
+
+impl Sort for Owners {
+    type Key = String;
+    type Value = Access;
+
+    fn cells(names: &Names) -> &Cells<String, Access> {
+        &names.owners
+    }
+
+    fn read(names: &Arc<Names>, workflow: &String, before: Option<&Access>, _: bool) -> Result<Option<Access>> {
+        let store = match &names.source {
+            Source::Draft(_) => return Ok(Some(Access { whose: Whose::Everybodys, sequence: 0 })),
+            Source::Store(store) => names.present(store)?,
+        };
+        let said = match store.owner(workflow) {
+            Err(error) if is_about_document(&error) => {
+                if before.is_none_or(|before| before.whose != Whose::Nobodys) {
+                    let error = error.chain();
+                    tracing::error!(
+                        workflow,
+                        error,
+                        "whose a workflow is cannot be told, so nobody is let in but root and who mounted"
+                    );
+                }
+                let sequence = before.map_or(0, |before| before.sequence);
+                return Ok(Some(Access { whose: Whose::Nobodys, sequence }));
+            }
+            said => said?,
+        };
+        let sequence = said.as_ref().map_or(0, |said| said.sequence);
+        // As for pointers: where a newer one was seen, its directory is away.
+        if before.is_some_and(|before| before.sequence > sequence) {
+            return Ok(None);
+        }
+        let whose = said.and_then(|said| said.owner).map_or(Whose::Everybodys, Whose::Of);
+        Ok(Some(Access { whose, sequence }))
+    }
+
+    fn change(workflow: &String) -> NameChange {
+        NameChange::Owner(workflow.clone())
+    }
+
+    /// As for pointers.
+    fn unmoved(names: &Names, workflow: &String) -> Option<Known<Access>> {
+        let Source::Store(store) = &names.source else { return None };
+        names.present(store).ok()?;
+        let stands =
+            |access: &Access| access.whose != Whose::Nobodys && !store.may_have_owner(workflow, access.sequence + 1);
+        names.owners.confirm(workflow, WATCHED, stands)
     }
 }
