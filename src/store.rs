@@ -311,11 +311,16 @@ impl Store {
     /// Fails when the store is not there any more, or another was put in its place: then nothing that is missing was
     /// removed by anybody.
     pub fn require_present(&self) -> Result<()> {
+        self.features_now().map(drop)
+    }
+
+    /// The features that the store has by now, if it is still there, as [`Store::require_present`] finds out.
+    pub(crate) fn features_now(&self) -> Result<Features> {
         let gone = |what: &str, hint: &str| {
             Err(Error::new(Kind::Failed, format!("the store at {} {what}", self.root.display())).hint(hint))
         };
         match read_json::<Fabric>(&self.root.join("fabric.json")) {
-            Ok(fabric) if fabric.id == self.fabric.id => Ok(()),
+            Ok(fabric) if fabric.id == self.fabric.id => Ok(fabric.features),
             Ok(_) => gone("was replaced by another store", "unmount and mount again to use the new one"),
             Err(error) if error.is_not_found() => gone("is gone", "is its file system mounted?"),
             Err(error) => Err(error),

@@ -78,6 +78,16 @@ impl Store {
         }
     }
 
+    /// False where nothing was ever said of any workflow. One request, which also shows that the store is still there. Where
+    /// versions must be signed it says nothing: `fabric.json` is not signed.
+    ///
+    /// # Errors
+    /// As [`Store::require_present`].
+    pub(crate) fn may_have_owners(&self) -> Result<bool> {
+        let features = self.features_now()?;
+        Ok(self.trust().is_some() || features.incompatible.iter().any(|feature| feature == OWNERS))
+    }
+
     /// The highest sequence number in use for `workflow`, 0 for none.
     fn last_owner(&self, workflow: &str) -> Result<u64> {
         require_workflow(workflow)?;

@@ -79,6 +79,11 @@ pub(super) struct Access {
     sequence: u64,
 }
 
+impl Access {
+    /// Nothing was said.
+    const OPEN: Access = Access { whose: Whose::Everybodys, sequence: 0 };
+}
+
 /// An environment as its directory shows it.
 #[derive(Debug, Clone)]
 pub(super) struct Env {
@@ -126,8 +131,8 @@ pub(super) struct Names {
     begun: Time,
     /// Workflows that were shown before their nodes were read.
     uncounted: Mutex<HashSet<String>>,
-    /// When the store was last seen to be itself.
-    checked: Mutex<Option<Instant>>,
+    /// When the store was last seen to be itself, and whether anything may be said of owners there.
+    checked: Mutex<Option<(Instant, bool)>>,
     /// Environments that could not be read when they were to be listed first, and that was told.
     unreadable: Mutex<HashSet<EnvName>>,
     /// Where the store is distant: how long it is waited for.
@@ -342,13 +347,22 @@ impl Names {
 
     /// `store`, where it is still the one that was mounted; asked once in a while.
     fn present<'s>(&self, store: &'s Store) -> Result<&'s Store> {
+        self.may_have_owners(store).map(|_| store)
+    }
+
+    /// False where nothing was ever said of whose a workflow is, in `store`, which is still the one that was mounted; asked
+    /// once in a while.
+    fn may_have_owners(&self, store: &Store) -> Result<bool> {
         let checked = *lock(&self.checked);
-        if checked.is_none_or(|at| at.elapsed() >= FRESH) {
-            store.require_present()?;
-            patience::progress();
-            *lock(&self.checked) = Some(Instant::now());
+        if let Some((at, owners)) = checked
+            && at.elapsed() < FRESH
+        {
+            return Ok(owners);
         }
-        Ok(store)
+        let owners = store.may_have_owners()?;
+        patience::progress();
+        *lock(&self.checked) = Some((Instant::now(), owners));
+        Ok(owners)
     }
 
     /// The workflows to list.

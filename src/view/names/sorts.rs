@@ -215,9 +215,13 @@ impl Sort for Owners {
 
     fn read(names: &Arc<Names>, workflow: &String, before: Option<&Access>, _: bool) -> Result<Option<Access>> {
         let store = match &names.source {
-            Source::Draft(_) => return Ok(Some(Access { whose: Whose::Everybodys, sequence: 0 })),
-            Source::Store(store) => names.present(store)?,
+            Source::Draft(_) => return Ok(Some(Access::OPEN)),
+            Source::Store(store) => store,
         };
+        let nothing_was_said = before.is_none_or(|before| *before == Access::OPEN);
+        if !names.may_have_owners(store)? && nothing_was_said {
+            return Ok(Some(Access::OPEN));
+        }
         let said = match store.owner(workflow) {
             Err(error) if is_about_document(&error) => {
                 if before.is_none_or(|before| before.whose != Whose::Nobodys) {
@@ -249,9 +253,12 @@ impl Sort for Owners {
     /// As for pointers.
     fn unmoved(names: &Names, workflow: &String) -> Option<Known<Access>> {
         let Source::Store(store) = &names.source else { return None };
-        names.present(store).ok()?;
-        let stands =
-            |access: &Access| access.whose != Whose::Nobodys && !store.may_have_owner(workflow, access.sequence + 1);
+        let owners = names.may_have_owners(store).ok()?;
+        let stands = |access: &Access| match *access {
+            Access::OPEN if !owners => true,
+            Access { whose: Whose::Nobodys, .. } => false,
+            Access { sequence, .. } => !store.may_have_owner(workflow, sequence + 1),
+        };
         names.owners.confirm(workflow, WATCHED, stands)
     }
 }
