@@ -16,7 +16,7 @@ use uv_pep440::{Version as PythonVersion, VersionSpecifiers};
 use uv_pep508::{Requirement, VerbatimUrl, VersionOrUrl};
 
 use super::uv::clean_environment;
-use crate::environment::lock::marker_environment;
+use crate::environment::lock::{is_parsable, marker_environment};
 use crate::environment::{Digest, Interpreter, Version};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::store::LayerDoc;
@@ -38,7 +38,7 @@ pub(super) fn check_requirements(layers: &[Arc<LayerDoc>], python: &Interpreter)
         }
         for text in &layer.meta.requires {
             // What no tool can read cannot be checked; uv installed it all the same.
-            let Ok(requirement) = Requirement::<VerbatimUrl>::from_str(text) else { continue };
+            let Some(requirement) = requirement(text) else { continue };
             if !requirement.evaluate_markers(&environment, &[]) {
                 continue;
             }
@@ -61,6 +61,11 @@ pub(super) fn check_requirements(layers: &[Arc<LayerDoc>], python: &Interpreter)
     problems.sort();
     problems.dedup();
     Ok(problems)
+}
+
+/// What a `Requires-Dist` says, if it can be read.
+pub(crate) fn requirement(text: &str) -> Option<Requirement<VerbatimUrl>> {
+    is_parsable(text).then(|| Requirement::from_str(text).ok()).flatten()
 }
 
 /// Runs in the environment and tells, as JSON, where it is and what it finds.

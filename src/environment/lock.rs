@@ -18,6 +18,7 @@ use uv_normalize::PackageName;
 use crate::error::{Error, Kind, Result};
 
 pub use key::Target;
+pub(crate) use select::is_parsable;
 pub use select::{Choice, marker_environment};
 pub use text::{strip_credentials, strip_document};
 

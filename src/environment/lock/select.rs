@@ -120,11 +120,12 @@ fn python_matches(specifier: &str, python: &Interpreter, what: &str) -> Result<b
     Ok(specifiers.contains(&version))
 }
 
-/// Parses a marker; `what` says whose in the error.
-pub(super) fn marker_tree(marker: &str, what: &str) -> Result<MarkerTree> {
+/// True for a marker, or a requirement that may have one, that can be handed to the parser: it recurses, and panics at
+/// characters outside ASCII, of which PEP 508 has none.
+pub(crate) fn is_parsable(text: &str) -> bool {
     let mut depth = 0usize;
     let mut deepest = 0;
-    for byte in marker.bytes() {
+    for byte in text.bytes() {
         match byte {
             b'(' => depth += 1,
             b')' => depth = depth.saturating_sub(1),
@@ -132,8 +133,13 @@ pub(super) fn marker_tree(marker: &str, what: &str) -> Result<MarkerTree> {
         }
         deepest = deepest.max(depth);
     }
-    if marker.len() > MARKER_MAX || deepest > MARKER_DEPTH_MAX {
-        return Err(invalid(format!("{what} is too long or too deep to be read")));
+    text.is_ascii() && text.len() <= MARKER_MAX && deepest <= MARKER_DEPTH_MAX
+}
+
+/// Parses a marker; `what` says whose in the error.
+pub(super) fn marker_tree(marker: &str, what: &str) -> Result<MarkerTree> {
+    if !is_parsable(marker) {
+        return Err(invalid(format!("{what} is too long, too deep or not in ASCII")));
     }
     MarkerTree::parse_str::<VerbatimUrl>(marker)
         .map_err(|error| invalid(format!("{what} is not readable")).detail(error.to_string()))
