@@ -16,6 +16,9 @@
 //! **Room.** The sum of what is kept stays within a limit, and the disk keeps some space free; what was used longest ago
 //! goes first, what is open stays. Where there is no room, units are served from a small memory and not kept.
 //!
+//! **Files** are opened when they are needed and stay open for the next reader; of those that nobody reads at the moment,
+//! the ones used longest ago are closed when there are [`FILES_MAX`]. What of them was not sealed is compared again.
+//!
 //! **Waiting** follows [`crate::patience`]: no session thread waits here. Whoever may wait does so for a limited time, as
 //! calls on the store are made by threads that may hang.
 
@@ -37,7 +40,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -104,6 +107,9 @@ impl Options {
     }
 }
 
+/// Files that are open at most, besides those that somebody reads.
+const FILES_MAX: usize = 512;
+
 /// What an object is called here.
 type Key = (Room, Digest);
 
@@ -123,6 +129,8 @@ struct Inner {
     entries: Mutex<HashMap<Key, Arc<Entry>>>,
     ledger: Ledger,
     counters: Counters,
+    /// About how many files are open: more are counted than there are until somebody counts anew.
+    files: AtomicUsize,
     ahead: Arc<Ahead>,
     /// Units for which there was no room.
     loose: Mutex<Loose>,
@@ -184,6 +192,7 @@ impl Cache {
             entries: Mutex::default(),
             ledger,
             counters: Counters::default(),
+            files: AtomicUsize::new(0),
             ahead: Arc::default(),
             loose: Mutex::default(),
             clock: AtomicU64::new(0),
@@ -334,12 +343,19 @@ impl Cache {
         Ok(())
     }
 
-    /// Waits until chunks `first..end` of `object`, which were asked for, are here.
+    /// Waits until chunks `first..end` of `object` are here; `chunks` as for [`Cache::read`].
     ///
     /// # Errors
     /// As [`Cache::read`].
-    pub fn wait_for(&self, object: &Object, first: u64, end: u64) -> Result<()> {
+    pub fn wait_for(
+        &self,
+        object: &Object,
+        chunks: impl FnOnce() -> Result<Chunks>,
+        first: u64,
+        end: u64,
+    ) -> Result<()> {
         let entry = self.inner.entry(object)?;
+        entry.prepare(&self.inner, object, || Ok(Units::Chunks(chunks()?)))?;
         for at in first..end.min(object.chunks()) {
             let start = at * CHUNK_SIZE;
             entry.bring(&self.inner, start, start + object.chunk_size(at))?;
@@ -355,6 +371,11 @@ impl Cache {
         (stats.held, stats.limit, stats.keep_free) = (inner.space.used(), inner.space.limit, inner.space.keep_free);
         stats.objects = lock(&inner.entries).len() as u64;
         stats
+    }
+
+    /// About how many files are open, and how many may be while nobody reads them.
+    pub fn files(&self) -> (u64, u64) {
+        (self.inner.files.load(Ordering::Relaxed).min(FILES_MAX) as u64, FILES_MAX as u64)
     }
 
     /// Reads everything that is sealed once more and compares it, now. Done slowly by itself, see [`Options::scrub`].
@@ -483,6 +504,22 @@ impl Inner {
             // Not before: what lies there still takes room.
             self.space.give_back(bytes);
         }
+    }
+
+    /// A file was opened, for which others may have to be closed.
+    fn opened_file(&self) {
+        if self.files.fetch_add(1, Ordering::Relaxed) < FILES_MAX {
+            return;
+        }
+        let entries = lock(&self.entries);
+        let mut open: Vec<&Arc<Entry>> = entries.values().filter(|entry| Arc::strong_count(entry) == 1).collect();
+        // Only the map has them, so nobody waits for their states.
+        open.retain(|entry| entry.has_file());
+        open.sort_unstable_by_key(|entry| entry.used());
+        // Some more than needed, so that not every file has to look for who goes.
+        let (close, stay) = open.split_at(open.len().saturating_sub(FILES_MAX * 3 / 4));
+        close.iter().for_each(|entry| entry.close());
+        self.files.store(stay.len(), Ordering::Relaxed);
     }
 
     /// Takes `path` away under its name, as that is quick; what is to be removed is returned, if there is any.

@@ -23,8 +23,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use flights::{Answered, Flights};
-pub use pool::Pool;
 pub(crate) use pool::{AHEAD, BYTES};
+pub use pool::{Pool, THREADS_MAX};
 
 use crate::error::{Error, Kind, Result};
 use flights::{Flight, Progress};

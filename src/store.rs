@@ -419,7 +419,7 @@ impl Store {
     /// The bytes of a blob that is known to be small (a lock, a document), verified.
     pub fn read_blob(&self, digest: &Digest) -> Result<Vec<u8>> {
         let path = self.blob_path(digest);
-        let read = || ObjectFile::open_named(self, Room::Blobs, *digest)?.read();
+        let read = || ObjectFile::open_named(self, Room::Blobs, *digest)?.read_document();
         let bytes = publish::again_if_stale(read)?;
         if Digest::of(&bytes) != *digest {
             return Err(Error::new(
@@ -467,7 +467,11 @@ impl Store {
             }
             Codec::Zstd => {
                 let object = doc.catalog_object();
-                Catalog::of_bytes(ObjectFile::open(self, &object)?.read()?, &self.object_path(&object), &doc.digest)
+                Catalog::of_bytes(
+                    ObjectFile::open(self, &object)?.read_document()?,
+                    &self.object_path(&object),
+                    &doc.digest,
+                )
             }
         }
     }

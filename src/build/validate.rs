@@ -16,7 +16,7 @@ use uv_pep440::{Version as PythonVersion, VersionSpecifiers};
 use uv_pep508::{Requirement, VerbatimUrl, VersionOrUrl};
 
 use super::uv::clean_environment;
-use crate::environment::lock::marker_environment;
+use crate::environment::lock::{Marker, marker_environment};
 use crate::environment::{Digest, Interpreter, Version};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::store::LayerDoc;
@@ -38,8 +38,8 @@ pub(super) fn check_requirements(layers: &[Arc<LayerDoc>], python: &Interpreter)
         }
         for text in &layer.meta.requires {
             // What no tool can read cannot be checked; uv installed it all the same.
-            let Ok(requirement) = Requirement::<VerbatimUrl>::from_str(text) else { continue };
-            if !requirement.evaluate_markers(&environment, &[]) {
+            let Some((requirement, marker)) = requirement(text) else { continue };
+            if marker.is_some_and(|marker| !marker.holds(&|comparison| comparison.evaluate(&environment, &[]))) {
                 continue;
             }
             let specifiers = match &requirement.version_or_url {
@@ -61,6 +61,25 @@ pub(super) fn check_requirements(layers: &[Arc<LayerDoc>], python: &Interpreter)
     problems.sort();
     problems.dedup();
     Ok(problems)
+}
+
+/// What a `Requires-Dist` says, and when it is wanted, if that can be read.
+pub(crate) fn requirement(text: &str) -> Option<(Requirement<VerbatimUrl>, Option<Marker>)> {
+    // In an address a semicolon may stand for itself, unless there is a space before it.
+    let address = text.find('@').is_some_and(|sign| text.find(';').is_none_or(|end| sign < end));
+    let (what, marker) = match text.split_once(if address { " ;" } else { ";" }) {
+        Some((what, marker)) => (what, Some(Marker::parse(marker).ok()?)),
+        None => (text, None),
+    };
+    // uv's parser panics at other characters, and at extras that end otherwise than in a letter or digit.
+    let is_in_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let extras = what.split_once('[').and_then(|(_, behind)| behind.split(']').next()).unwrap_or_default();
+    let ends_well = |extra: &str| {
+        let end = extra.trim_start().split(|c| !is_in_name(c)).next().unwrap_or_default();
+        end.is_empty() || end.ends_with(|c: char| c.is_ascii_alphanumeric())
+    };
+    let readable = what.is_ascii() && extras.split(',').all(ends_well);
+    Some((readable.then(|| Requirement::from_str(what).ok()).flatten()?, marker))
 }
 
 /// Runs in the environment and tells, as JSON, where it is and what it finds.

@@ -95,6 +95,11 @@ impl Entry {
             *state = State::of(known.count());
             self.take_in(inner, &known, &mut state);
             state.known = Some(Arc::new(known));
+            let has_file = state.file.is_some();
+            drop(state);
+            if has_file {
+                inner.opened_file();
+            }
         }
         Ok(())
     }

@@ -139,13 +139,19 @@ impl Entry {
             file.write_all_at(bytes, known.start(at)).at("writing", inner.path(&self.key))?;
             Ok::<_, Error>(file)
         };
+        let had_file = self.has_file();
         let mut written = write();
         if written.as_ref().is_err_and(|error| matches!(error.errno(), libc::ENOSPC | libc::EDQUOT)) {
             inner.evict(|| needed.max(64 << 20));
             written = write();
         }
         match written {
-            Ok(file) => Some((file, needed)),
+            Ok(file) => {
+                if !had_file {
+                    inner.opened_file();
+                }
+                Some((file, needed))
+            }
             Err(error) => {
                 tracing::debug!(error = error.chain(), "bytes are served without being kept");
                 if let Some(file) = &lock(&self.state).file {
@@ -180,6 +186,19 @@ impl Entry {
         let file = file.at("creating", &path)?;
         file.set_len(known.object.size).at("writing", &path)?;
         Ok(state.file.insert(Arc::new(file)).clone())
+    }
+
+    /// True when its file is open.
+    pub(super) fn has_file(&self) -> bool {
+        lock(&self.state).file.is_some()
+    }
+
+    /// Closes the file, which nobody reads; what of it is right is found out again when somebody does.
+    pub(super) fn close(&self) {
+        let mut state = lock(&self.state);
+        if state.is_at_rest() {
+            *state = State::default();
+        }
     }
 
     /// Gives `file` up, which the disk does not give back.

@@ -146,7 +146,12 @@ impl State {
 
     /// Nothing of it is certain, and nobody waits for any.
     pub(super) fn is_idle(&self) -> bool {
-        self.here == 0 && self.flights.is_empty() && self.expected.is_empty()
+        self.here == 0 && self.is_at_rest()
+    }
+
+    /// Nothing is on its way, and nobody waits for any of it.
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.flights.is_empty() && self.expected.is_empty()
     }
 
     pub(super) fn put(&mut self, at: usize, unit: Unit) {

@@ -44,10 +44,18 @@ fn print(stats: &mount::Stats, w: &mut dyn Write) -> io::Result<()> {
         ("passthrough", passthrough),
         ("process", format!("{}, envfabric {}, up {}", stats.pid, stats.envfabric, time(stats.up_seconds))),
         ("processor", format!("{:.2} s", stats.cpu_seconds)),
-        ("memory", format!("{}, {} open files", bytes(stats.resident_bytes), stats.open_files)),
+        (
+            "memory",
+            format!("{}, {}", bytes(stats.resident_bytes), of("open files", stats.open_files, stats.open_files_most)),
+        ),
         (
             "session",
-            format!("{} of {} threads, FUSE protocol {}", stats.threads, stats.process_threads, stats.protocol),
+            format!(
+                "{} of {}, FUSE protocol {}",
+                stats.threads,
+                of("threads", stats.process_threads, stats.process_threads_most),
+                stats.protocol
+            ),
         ),
     ];
     let hangs =
@@ -88,6 +96,11 @@ fn print(stats: &mount::Stats, w: &mut dyn Write) -> io::Result<()> {
     let facts = cache_facts(cache).into_iter().map(|(name, text)| vec![name.into(), text]).collect();
     write!(w, "\n{}", table(&["CACHE", ""], facts, &[]))?;
     write!(w, "\n{}", table(&["STORE ANSWERED", "COUNT", ""], latencies(&cache.latency), &[1]))
+}
+
+/// `7 open files (at most 1024)`; what an older program does not tell is left out.
+fn of(what: &str, now: u64, most: u64) -> String {
+    if most == 0 { format!("{now} {what}") } else { format!("{now} {what} (at most {most})") }
 }
 
 fn cache_facts(cache: &CacheStats) -> Vec<(&'static str, String)> {

@@ -5,6 +5,7 @@
 //! uv keeps them ([`Lock::working_copy`]).
 
 mod key;
+mod marker;
 mod select;
 mod text;
 
@@ -18,6 +19,7 @@ use uv_normalize::PackageName;
 use crate::error::{Error, Kind, Result};
 
 pub use key::Target;
+pub(crate) use marker::Marker;
 pub use select::{Choice, marker_environment};
 pub use text::{strip_credentials, strip_document};
 

@@ -46,7 +46,7 @@ const PAGE: usize = 4096;
 /// Requests that are followed at a time; more are answered, but not counted when a worker dies.
 const REQUESTS: usize = 8192;
 /// Open files that may be passed through; the next open fails with ENFILE.
-const HANDLES: usize = 1 << 18;
+pub(super) const HANDLES: usize = 1 << 18;
 const REQUESTS_AT: usize = 6 * PAGE / 8;
 const HANDLES_AT: usize = REQUESTS_AT + REQUESTS * requests::WORDS;
 const WORDS: usize = HANDLES_AT + HANDLES * 4;

@@ -358,6 +358,11 @@ impl Passthrough {
         }
     }
 
+    /// How many handles are open of files that could be passed through.
+    pub(super) fn handles(&self) -> u64 {
+        self.files().inodes.values().map(|(open, _)| open.cached + open.passed).sum()
+    }
+
     fn backing(&self, backings: &Backings, file: &File, size: u64, files: &mut OpenFiles) -> Option<u32> {
         // A blob of a wrong length is left to ordinary reads, which say so.
         if !self.is_enabled() || !file.metadata().is_ok_and(|m| m.len() == size) {

@@ -15,16 +15,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
 use super::attach;
-use super::kept::Number;
+use super::kept::{HANDLES, Number};
 use super::passthrough::Passthrough;
 use super::shift::Shift;
 use super::table::{self, MountInfo};
 use crate::cache::CacheStats;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::patience::THREADS_MAX;
 use crate::sys;
 use crate::view::Tree;
 
@@ -32,6 +34,8 @@ use crate::view::Tree;
 pub(super) const ATTRIBUTE: &std::ffi::CStr = c"user.envfabric.stats";
 /// As long as the kernel lets an attribute be (`XATTR_SIZE_MAX`), in bytes.
 const ANSWER_MAX: usize = 65_536;
+/// Threads that come and go, or keep things in order: those that ask a distant store for a listing, and a few more.
+const OTHER_THREADS: usize = 64;
 /// How long a mount may take to answer: it may have been stopped.
 const ANSWERS: Duration = Duration::from_secs(5);
 
@@ -122,7 +126,10 @@ impl Counters {
         let requests = Op::NAMES.iter().zip(&self.requests).map(|(name, n)| (name.to_string(), number(n)));
         let [passed, cached, direct] = self.opens.each_ref().map(number);
         let (major, minor) = self.kernel.get().copied().unwrap_or_default().min(SPOKEN);
-        let memories = tree.memories();
+        let open = ("open large files", passthrough.handles(), HANDLES as u64);
+        let files = tree.cache().map(|cache| cache.files());
+        let files = files.map(|(held, most)| ("open cached files", held, most));
+        let memories = tree.memories().into_iter().chain([open]).chain(files);
         let memories = memories.map(|(name, held, most)| (name.to_string(), Memory { held, most }));
         let why_not = passthrough.why_not();
         let stats = Stats {
@@ -134,15 +141,17 @@ impl Counters {
             cpu_seconds: cpu_seconds(),
             resident_bytes: resident_bytes(),
             open_files: fs::read_dir("/proc/self/fd").map_or(0, |all| all.count() as u64),
+            open_files_most: getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft),
             threads: threads as u64,
             process_threads: fs::read_dir("/proc/self/task").map_or(0, |all| all.count() as u64),
+            process_threads_most: (threads + THREADS_MAX + OTHER_THREADS) as u64,
             store_hangs: tree.is_cut_off(),
             protocol: format!("{major}.{minor}"),
             passthrough: PassthroughUse { used: why_not.is_none(), why_not: why_not.map(|why| why.to_string()) },
             requests: requests.collect(),
             bytes_read: number(&self.bytes_read),
             opens: Opens { passthrough: passed, cached, direct },
-            memories: memories.into_iter().collect(),
+            memories: memories.collect(),
             cache: tree.cache().map(|cache| cache.stats()),
             trusted_keys: tree.store().trust().iter().flat_map(|trust| trust.keys()).map(|key| key.text()).collect(),
             supervised: shift.of_supervised(|number| Supervised {
@@ -180,11 +189,17 @@ pub struct Stats {
     pub resident_bytes: u64,
     /// Descriptors of its process.
     pub open_files: u64,
+    /// Descriptors that it may have.
+    #[serde(default)]
+    pub open_files_most: u64,
     /// Threads that answer the kernel.
     pub threads: u64,
     /// Threads of its process, with those that wait for the store or ask it.
     #[serde(default)]
     pub process_threads: u64,
+    /// Threads that it may have.
+    #[serde(default)]
+    pub process_threads_most: u64,
     /// True while the store is distant and does not answer.
     #[serde(default)]
     pub store_hangs: bool,
@@ -348,8 +363,10 @@ mod tests {
             cpu_seconds: 1e9 / 3.0,
             resident_bytes: most,
             open_files: most,
+            open_files_most: most,
             threads: most,
             process_threads: most,
+            process_threads_most: most,
             store_hangs: false,
             protocol: "7.40".into(),
             passthrough: PassthroughUse { used: false, why_not: Some("x".repeat(200)) },
@@ -375,7 +392,15 @@ mod tests {
         let mut value = serde_json::to_value(&stats).unwrap();
         assert!(serde_json::to_vec(&value).unwrap().len() < ANSWER_MAX);
         assert_eq!(serde_json::from_value::<Stats>(value.clone()).unwrap(), stats);
-        for new in ["process_threads", "store_hangs", "cache", "supervised", "trusted_keys"] {
+        for new in [
+            "open_files_most",
+            "process_threads",
+            "process_threads_most",
+            "store_hangs",
+            "cache",
+            "supervised",
+            "trusted_keys",
+        ] {
             value.as_object_mut().unwrap().remove(new);
         }
         assert_eq!(serde_json::from_value::<Stats>(value).unwrap().cache, None);

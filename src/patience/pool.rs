@@ -17,6 +17,8 @@ const STORE_THREADS_MAX: usize = 128;
 const AHEAD_THREADS: usize = 4;
 /// Questions that may queue for those; what comes then is not waited for at all.
 const QUEUE_MAX: usize = 4096;
+/// Threads of all of these at most.
+pub const THREADS_MAX: usize = WAITERS_MAX + 2 * STORE_THREADS_MAX + AHEAD_THREADS;
 /// They have small stacks: what they do is not deep, and there may be many.
 const STACK: usize = 512 << 10;
 /// How long an idle thread stays.

@@ -8,9 +8,14 @@
 //! ```
 //!
 //! Rows are numbered from 0, the root, in order of path, so a parent's number is below its children's. A file of the
-//! catalog is opened `immutable=1`, read-only, with `trusted_schema` off and defensive mode on: it may come from anywhere.
+//! catalog is opened `immutable=1`, read-only, with `trusted_schema` off and defensive mode on, and is asked within
+//! [`bounds`]: it may come from anywhere.
+
+mod bounds;
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -22,28 +27,17 @@ use super::layer::Canon;
 use super::object::{Object, Room};
 use super::row::{Node, Place, Row, RowId, is_component};
 use crate::environment::Digest;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
+use bounds::Bounds;
+pub(super) use bounds::SCHEMA;
 
 /// The catalog format that this program writes.
 pub(super) const CATALOG_FORMAT: i64 = 2;
 
-pub(super) const SCHEMA: &str = "
-    CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-    CREATE TABLE entry (
-        parent INTEGER NOT NULL,
-        name BLOB NOT NULL,
-        id INTEGER NOT NULL,
-        kind INTEGER NOT NULL,
-        mode INTEGER NOT NULL,
-        size INTEGER NOT NULL,
-        digest BLOB,
-        offset INTEGER,
-        target BLOB,
-        PRIMARY KEY (parent, name)
-    ) WITHOUT ROWID;
-    CREATE UNIQUE INDEX entry_id ON entry (id);
-    CREATE TABLE chunk (object BLOB PRIMARY KEY, digests BLOB NOT NULL) WITHOUT ROWID;
-";
+/// Bytes of a path below a layer's root at most: nothing longer can be opened (`PATH_MAX`).
+pub(super) const PATH_LENGTH_MAX: usize = 4095;
+/// Bytes of the header of a SQLite file.
+const HEADER: usize = 100;
 
 const COLUMNS: &str = "id, parent, name, kind, mode, size, digest, offset, target";
 
@@ -53,8 +47,11 @@ const COLUMNS: &str = "id, parent, name, kind, mode, size, digest, offset, targe
 #[derive(Debug)]
 pub struct Catalog {
     db: Connection,
+    bounds: Bounds,
     layer: Digest,
     rows: u32,
+    /// Bytes of its file.
+    length: u64,
     pack: Option<(Digest, u64)>,
 }
 
@@ -64,11 +61,11 @@ impl Catalog {
     /// # Errors
     /// [`Kind::NotFound`] when it is missing; [`Kind::Corrupt`] when it is cut off, of another layer, or no catalog.
     pub fn open(path: &Path, layer: &Digest) -> Result<Catalog> {
-        check_length(path)?;
+        let length = length_of(path)?;
         let damaged = |source: rusqlite::Error| corrupt(path, "cannot be read").with_source(source);
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
         let db = Connection::open_with_flags(immutable_uri(path), flags).map_err(damaged)?;
-        Catalog::of_connection(db, path, layer)
+        Catalog::of_connection(db, path, length, layer)
     }
 
     /// A catalog whose file has these bytes; `path` is where they come from.
@@ -77,24 +74,27 @@ impl Catalog {
     /// As [`Catalog::open`].
     pub fn of_bytes(bytes: Vec<u8>, path: &Path, layer: &Digest) -> Result<Catalog> {
         let damaged = |source: rusqlite::Error| corrupt(path, "cannot be read").with_source(source);
-        let mut db = Connection::open_in_memory().map_err(damaged)?;
         let length = bytes.len();
+        check_header(&bytes, length as u64, path)?;
+        let mut db = Connection::open_in_memory().map_err(damaged)?;
         db.deserialize_read_exact(rusqlite::MAIN_DB, &*bytes, length, true).map_err(damaged)?;
-        Catalog::of_connection(db, path, layer)
+        Catalog::of_connection(db, path, length as u64, layer)
     }
 
-    fn of_connection(db: Connection, path: &Path, layer: &Digest) -> Result<Catalog> {
+    fn of_connection(mut db: Connection, path: &Path, length: u64, layer: &Digest) -> Result<Catalog> {
         let damaged = |source: rusqlite::Error| corrupt(path, "cannot be read").with_source(source);
-        db.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true).map_err(damaged)?;
-        db.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false).map_err(damaged)?;
+        let bounds = Bounds::set(&mut db).map_err(damaged)?;
         // Or SQLite prepares a statement anew whenever it is given another value, which takes longer than the answer.
         db.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true).map_err(damaged)?;
         db.set_prepared_statement_cache_capacity(8);
         // A mount keeps hundreds open; what SQLite does not keep, the page cache does.
-        db.pragma_update(None, "cache_size", -256).map_err(damaged)?;
+        db.execute_batch("PRAGMA cache_size=-256; PRAGMA cell_size_check=ON").map_err(damaged)?;
+        if !bounds::has_schema(&db).map_err(damaged)? {
+            return Err(corrupt(path, "has other tables than a catalog"));
+        }
         // Each statement costs some 20 us to prepare, and a first look at an environment opens all of its catalogs.
         let meta: BTreeMap<String, String> = db
-            .prepare("SELECT key, CAST(value AS TEXT) FROM meta WHERE value IS NOT NULL LIMIT 100")
+            .prepare("SELECT key, CAST(value AS TEXT) FROM meta WHERE octet_length(value) < 100 LIMIT 100")
             .and_then(|mut all| all.query_map((), |row| Ok((row.get(0)?, row.get(1)?)))?.collect())
             .map_err(damaged)?;
         let text = |key: &str| meta.get(key).map(String::as_str);
@@ -111,12 +111,15 @@ impl Catalog {
             return Err(corrupt(path, "belongs to another layer"));
         }
         let rows = text("rows").and_then(|v| v.parse::<u32>().ok()).ok_or_else(|| corrupt(path, "has no row count"))?;
+        if rows == 0 || u64::from(rows) > bounds::rows_max(length) {
+            return Err(corrupt(path, &format!("counts {rows} rows, for which it has no room")));
+        }
         let pack = match (text("pack"), text("pack_size").and_then(|v| v.parse::<u64>().ok())) {
             (Some(pack), Some(size)) => Some((pack.parse()?, size)),
             (Some(_), None) => return Err(corrupt(path, "does not say how long its pack is")),
             (None, _) => None,
         };
-        Ok(Catalog { db, layer: *layer, rows, pack })
+        Ok(Catalog { db, bounds, layer: *layer, rows, length, pack })
     }
 
     /// The layer.
@@ -153,6 +156,7 @@ impl Catalog {
 
     fn known_chunks(&self, object: &Digest, size: u64) -> Result<Option<Chunks>> {
         let read = |e: rusqlite::Error| self.damaged("cannot be read").with_source(e);
+        self.bounds.begin(1);
         let mut select = self.db.prepare_cached("SELECT digests FROM chunk WHERE object = ?1").map_err(read)?;
         let bytes: Option<Vec<u8>> =
             select.query_row([object.as_bytes()], |row| row.get(0)).optional().map_err(read)?;
@@ -191,9 +195,12 @@ impl Catalog {
         let sql = format!(
             "SELECT parent, id, kind, size, offset, name, mode, length(target) FROM entry WHERE {which} ORDER BY parent, name"
         );
+        self.bounds.begin(u64::from(self.rows));
         let mut statement = self.db.prepare_cached(&sql).map_err(read)?;
         let mut rows = statement.query(params).map_err(read)?;
+        let mut left = self.rows;
         while let Some(row) = rows.next().map_err(read)? {
+            left = left.checked_sub(1).ok_or_else(|| self.damaged("has more rows than it counts"))?;
             let number = |at| row.get::<_, u32>(at).ok().filter(|n| *n < self.rows);
             let bytes = |value: i64| u64::try_from(value).map_err(|_| self.damaged("has a negative size or offset"));
             let (Some(parent), Some(id)) = (number(0), number(1)) else {
@@ -253,19 +260,31 @@ impl Catalog {
             return Err(self.damaged("does not have the rows it counts"));
         }
         let mut canon = Canon::default();
-        let mut paths: Vec<Vec<u8>> = Vec::with_capacity(rows.len());
+        // Rows are in order of path, so what is above one comes just before it: its row, and the length of its path.
+        let mut above: Vec<(RowId, usize)> = vec![(0, 0)];
+        let mut path = Vec::new();
         for row in &rows {
-            let path = match row.id {
-                0 => Vec::new(),
-                _ if row.parent == 0 => row.name.clone(),
-                _ => [paths[row.parent as usize].as_slice(), b"/", &row.name].concat(),
-            };
+            if row.id > 0 {
+                while above.pop_if(|(parent, _)| *parent != row.parent).is_some() {}
+                let (_, length) =
+                    above.last().ok_or_else(|| self.damaged("does not have its rows in order of path"))?;
+                path.truncate(*length);
+                if !path.is_empty() {
+                    path.push(b'/');
+                }
+                path.extend_from_slice(&row.name);
+                if path.len() > PATH_LENGTH_MAX {
+                    return Err(self.damaged(&format!("has a path of more than {PATH_LENGTH_MAX} bytes")));
+                }
+                if row.node.is_dir() {
+                    above.push((row.id, path.len()));
+                }
+            }
             let chunks = match &row.node {
                 Node::File { size, digest, .. } if *size > CHUNK_SIZE => Some(self.chunks(digest, *size)?),
                 _ => None,
             };
             canon.row(&path, &row.node, chunks.as_ref());
-            paths.push(path);
         }
         if canon.finish() != self.layer {
             return Err(self.damaged("does not have the rows that its digest names"));
@@ -280,6 +299,7 @@ impl Catalog {
 
     fn one(&self, sql: &str, params: impl rusqlite::Params) -> Result<Option<Row>> {
         let read = |e: rusqlite::Error| self.damaged("cannot be read").with_source(e);
+        self.bounds.begin(1);
         let mut statement = self.db.prepare_cached(sql).map_err(read)?;
         let raw = statement.query_row(params, RawRow::read).optional().map_err(read)?;
         raw.map(|raw| raw.decode(self.rows).map_err(|what| self.damaged(&what))).transpose()
@@ -287,9 +307,20 @@ impl Catalog {
 
     fn many(&self, sql: &str, params: impl rusqlite::Params) -> Result<Vec<Row>> {
         let read = |e: rusqlite::Error| self.damaged("cannot be read").with_source(e);
+        self.bounds.begin(u64::from(self.rows));
         let mut statement = self.db.prepare_cached(sql).map_err(read)?;
-        let raws = statement.query_map(params, RawRow::read).map_err(read)?;
-        raws.map(|raw| raw.map_err(read)?.decode(self.rows).map_err(|what| self.damaged(&what))).collect()
+        let mut found = Vec::new();
+        let mut bytes = 0;
+        for raw in statement.query_map(params, RawRow::read).map_err(read)? {
+            let raw = raw.map_err(read)?;
+            bytes += raw.bytes();
+            // Pages that are named more than once show more than there is.
+            if found.len() as u64 == u64::from(self.rows) || bytes > self.length {
+                return Err(self.damaged("has more rows than it counts"));
+            }
+            found.push(raw.decode(self.rows).map_err(|what| self.damaged(&what))?);
+        }
+        Ok(found)
     }
 }
 
@@ -357,6 +388,11 @@ impl RawRow {
         })
     }
 
+    /// Bytes of what has no fixed length.
+    fn bytes(&self) -> u64 {
+        (self.name.len() + self.target.as_ref().map_or(0, Vec::len)) as u64
+    }
+
     /// Checks everything that the rest of the program relies on.
     fn decode(self, rows: u32) -> Result<Row, String> {
         let id = u32::try_from(self.id).ok().filter(|id| *id < rows).ok_or("has a row number out of range")?;
@@ -394,16 +430,19 @@ fn corrupt(path: &Path, what: &str) -> Error {
     Error::new(Kind::Corrupt, format!("catalog {} {what}", path.display())).hint("run `envfabric fsck`")
 }
 
-/// A cut-off file is told before SQLite meets it: the header says how many pages there are.
-fn check_length(path: &Path) -> Result<()> {
-    use crate::error::IoContext;
-    use std::io::Read;
-    let mut file = std::fs::File::open(path).at("opening", path)?;
+/// The length of the file at `path`, which begins as a catalog of that length does.
+fn length_of(path: &Path) -> Result<u64> {
+    let mut file = File::open(path).at("opening", path)?;
     let length = file.metadata().at("reading", path)?.len();
-    let mut header = [0u8; 32];
-    if length < 100 || file.read_exact(&mut header).is_err() || &header[..16] != b"SQLite format 3\0" {
-        return Err(corrupt(path, "is not a SQLite file or is cut off"));
-    }
+    let mut header = Vec::with_capacity(HEADER);
+    file.by_ref().take(HEADER as u64).read_to_end(&mut header).at("reading", path)?;
+    check_header(&header, length, path).map(|()| length)
+}
+
+/// A cut-off file is told before SQLite meets it: the header says how many pages there are.
+fn check_header(bytes: &[u8], length: u64, path: &Path) -> Result<()> {
+    let header = bytes.get(..HEADER).filter(|header| header.starts_with(b"SQLite format 3\0"));
+    let header = header.ok_or_else(|| corrupt(path, "is not a SQLite file or is cut off"))?;
     let page_size = match u16::from_be_bytes([header[16], header[17]]) {
         1 => 65536,
         n => u64::from(n),
@@ -427,3 +466,6 @@ fn immutable_uri(path: &Path) -> String {
     uri.push_str("?immutable=1");
     uri
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

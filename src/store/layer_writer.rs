@@ -9,11 +9,11 @@ use std::path::PathBuf;
 use rayon::prelude::*;
 use rusqlite::{Connection, MAIN_DB};
 
-use super::catalog::{CATALOG_FORMAT, SCHEMA};
+use super::catalog::{CATALOG_FORMAT, PATH_LENGTH_MAX, SCHEMA};
 use super::chunks::{CHUNK_SIZE, ChunkHasher, Chunks};
 use super::hot::is_hot;
 use super::layer::{Canon, LayerDoc, LayerMeta, SMALL_FILE_MAX};
-use super::object::{Object, ObjectWriter, Room};
+use super::object::{DOCUMENT_MAX, Object, ObjectWriter, Room};
 use super::publish::{self, Trust, hash_chunks};
 use super::row::{Node, Place, is_component};
 use super::spine::{SpineText, TEXT_MAX, is_text, spine};
@@ -171,6 +171,9 @@ impl<'a> LayerWriter<'a> {
         let blobs = self.write_blobs(rows)?;
         let pack = self.write_pack(rows, meta.bytecode)?;
         let bytes = catalog_bytes(digest, pack.as_ref(), rows)?;
+        if bytes.len() as u64 > DOCUMENT_MAX {
+            return Err(Error::new(Kind::Invalid, format!("a layer of {} files is too large", rows.len())));
+        }
         // Another SQLite version may have written other bytes with the same rows: the document says whose are used.
         let catalog = Digest::of(&bytes);
         self.store.ensure_bytes(Room::Catalogs, &bytes, &catalog, self.trust)?;
@@ -310,6 +313,9 @@ fn complete_tree(staged: Vec<Staged>) -> Result<BTreeMap<Vec<u8>, StagedKind>> {
     for Staged { path, kind } in staged {
         if !path.split(|b| *b == b'/').all(is_component) {
             return Err(invalid(&path, "is not an acceptable path in a layer"));
+        }
+        if path.len() > PATH_LENGTH_MAX {
+            return Err(invalid(&path, &format!("is longer than {PATH_LENGTH_MAX} bytes")));
         }
         match tree.get(&path) {
             None => {}

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::chunks::{CHUNK_SIZE, Chunks};
 use super::disk::Writing;
-use super::packed::{HEAD, NUMBER_AT, Packed, Sink, read_exact};
+use super::packed::{HEAD, NUMBER_AT, Packed, Sink, read_exact, too_short};
 use super::publish::{self, Temporary, Trust};
 use super::{Codec, Store};
 use crate::environment::{Digest, Hasher};
@@ -23,6 +23,8 @@ use crate::error::{Error, IoContext, Kind, Result};
 
 /// Requests are for whole pages.
 const PAGE: u64 = 4096;
+/// Bytes of a document, a catalog or a summary at most, unpacked: they are read as a whole.
+pub(super) const DOCUMENT_MAX: u64 = 256 << 20;
 /// Chunks of a request at most, however well they are compressed: somebody waits for them to be unpacked.
 pub(crate) const REQUEST_MAX: u64 = 32;
 
@@ -217,6 +219,8 @@ impl ObjectFile {
         // What is asked for is what is needed: more, read ahead by the kernel, would be requests for nothing.
         let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
         let packed = match store.codec() {
+            // A size is somebody's word until the file has as much: memory is taken for what it says.
+            Codec::Raw if file.metadata().at("reading", &path)?.len() < object.size => return Err(too_short(&path)),
             Codec::Raw => None,
             Codec::Zstd => Some(Packed::read(&file, &path, object.size, head)?),
         };
@@ -268,6 +272,19 @@ impl ObjectFile {
         self.read_chunks(0, self.object.chunks())
     }
 
+    /// All bytes of a document or a catalog.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] when there are more than [`DOCUMENT_MAX`], as there are in no such object.
+    pub(super) fn read_document(&self) -> Result<Vec<u8>> {
+        if self.object.size > DOCUMENT_MAX {
+            let what =
+                format!("{} would have {} bytes, more than a document has", self.path.display(), self.object.size);
+            return Err(Error::new(Kind::Corrupt, what).hint("run `envfabric fsck` to see which environments need it"));
+        }
+        self.read()
+    }
+
     /// The sha256 of its bytes, all of which are read.
     pub fn hash(&self) -> Result<Digest> {
         self.hash_paced(&|_| ())
@@ -301,7 +318,8 @@ impl ObjectFile {
         if self.packed.is_none() {
             return Ok(stored.bytes);
         }
-        let mut bytes = Vec::with_capacity((first..first + count).map(|at| self.object.chunk_size(at) as usize).sum());
+        // How much it unpacks to is somebody's word.
+        let mut bytes = Vec::with_capacity(stored.bytes.len());
         for at in first..first + count {
             bytes.append(&mut stored.unpack(at)?);
         }

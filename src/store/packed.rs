@@ -45,12 +45,15 @@ pub(super) struct Packed {
 /// Reads all of `bytes` from `offset` on.
 pub(super) fn read_exact(file: &File, path: &Path, bytes: &mut [u8], offset: u64) -> Result<()> {
     file.read_exact_at(bytes, offset).map_err(|error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => {
-            Error::new(Kind::Corrupt, format!("{} is shorter than its catalog says", path.display()))
-                .hint("run `envfabric fsck` to see which environments need it")
-        }
+        io::ErrorKind::UnexpectedEof => too_short(path),
         _ => Error::io("reading", path, error),
     })
+}
+
+/// The file at `path` has less than it should.
+pub(super) fn too_short(path: &Path) -> Error {
+    Error::new(Kind::Corrupt, format!("{} is shorter than its catalog says", path.display()))
+        .hint("run `envfabric fsck` to see which environments need it")
 }
 
 impl Packed {

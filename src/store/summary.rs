@@ -9,14 +9,17 @@ use std::collections::{BTreeSet, HashSet};
 use std::io::Read;
 use std::sync::Arc;
 
-use super::object::{Object, ObjectFile, Room};
+use super::chunks::CHUNK_SIZE;
+use super::object::{DOCUMENT_MAX, Object, ObjectFile, Room};
 use super::publish::Trust;
 use super::{Bundle, Index, LayerDoc, Store};
 use crate::environment::{Digest, Summary};
 use crate::error::{Error, Kind, Result};
 
-/// Bytes that a summary may unpack to.
-const UNPACKED_MAX: u64 = 256 << 20;
+/// As often as it is long a summary may be at most when it is unpacked; the digests in it compress to a half.
+const RATIO_MAX: u64 = 64;
+/// The logarithm of what the unpacker keeps at most, in bytes: what the level that summaries are written with uses.
+const WINDOW_LOG_MAX: u32 = 23;
 
 impl Store {
     /// Makes sure that the documents of all `layers` are in summaries, and returns these, sorted. With `repair`, those
@@ -63,7 +66,7 @@ impl Store {
         let mut starts = Vec::with_capacity(docs.len());
         for doc in docs {
             starts.push(all.len() as u64);
-            let bytes = ObjectFile::open(self, &doc.catalog_object())?.read()?;
+            let bytes = ObjectFile::open(self, &doc.catalog_object())?.read_document()?;
             if Digest::of(&bytes) != doc.catalog {
                 return Err(Error::new(
                     Kind::Corrupt,
@@ -98,8 +101,9 @@ pub fn documents(bytes: &[u8]) -> Result<Vec<LayerDoc>> {
         Error::new(Kind::Corrupt, format!("a summary of layers cannot be read: {what}")).hint("run `envfabric fsck`")
     };
     let mut text = Vec::new();
-    let unpacked = zstd::Decoder::new(bytes).map_err(|error| corrupt(error.to_string()))?;
-    let unpacked = unpacked.take(UNPACKED_MAX).read_to_end(&mut text);
-    unpacked.map_err(|error| corrupt(error.to_string()))?;
+    let most = (bytes.len() as u64).saturating_mul(RATIO_MAX).saturating_add(CHUNK_SIZE).min(DOCUMENT_MAX);
+    let mut decoder = zstd::Decoder::new(bytes).map_err(|error| corrupt(error.to_string()))?;
+    decoder.window_log_max(WINDOW_LOG_MAX).map_err(|error| corrupt(error.to_string()))?;
+    decoder.take(most).read_to_end(&mut text).map_err(|error| corrupt(error.to_string()))?;
     serde_json::from_slice(&text).map_err(|error| corrupt(error.to_string()))
 }

@@ -135,6 +135,16 @@ impl Objects {
         })
     }
 
+    /// How many are open.
+    pub(super) fn held(&self) -> u64 {
+        self.files.held()
+    }
+
+    /// How many may be.
+    pub(super) fn most(&self) -> u64 {
+        self.files.most()
+    }
+
     /// The open file of an object.
     pub(super) fn open(&self, store: &Store, object: &Object) -> Result<Arc<File>> {
         self.files.get_or(*object, || store.open_object(object).map(Arc::new))

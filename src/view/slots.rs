@@ -120,6 +120,11 @@ impl<K: Written> Slots<K> {
         inner.keys.get(slot as usize).cloned()
     }
 
+    /// How many slots this process knows of.
+    pub(super) fn held(&self) -> u64 {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner).keys.len() as u64
+    }
+
     /// Every key, in order of slots.
     pub(super) fn keys(&self) -> Vec<K> {
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use super::bytes::Location;
 use super::*;
 use crate::patience;
-use crate::store::{self, CHUNK_SIZE, Profile, Room, Touched};
+use crate::store::{self, CHUNK_SIZE, Chunks, Profile, Room, Touched};
 
 /// A start is over when it has read nothing new for so long,
 const QUIET: Duration = Duration::from_secs(5);
@@ -331,8 +331,7 @@ impl Tree {
     /// Asks for what `touched` says, as soon as not too much is under way; false when there is no room for it.
     fn ask_for(&self, cache: &Cache, touched: &Touched) -> Result<bool> {
         let object = touched.object();
-        // A profile is not to be believed more than the catalog.
-        let chunks = || self.with_catalog(&touched.layer, |catalog| catalog.chunks(&object.digest, object.size));
+        let chunks = || self.chunks_of(touched);
         self.begun.put(object, ());
         for (first, end) in &touched.runs {
             if self.starts.ended.load(Ordering::Relaxed) || !cache.ask_ahead(&object, chunks, *first, *end, AHEAD)? {
@@ -340,6 +339,11 @@ impl Tree {
             }
         }
         Ok(true)
+    }
+
+    /// A profile is not to be believed more than the catalog.
+    fn chunks_of(&self, touched: &Touched) -> Result<Chunks> {
+        self.with_catalog(&touched.layer, |catalog| catalog.chunks(&touched.digest, touched.size))
     }
 
     /// Begins to bring what starts of the version at `dir` touch, or all of it, to this node, unless that is under way.
@@ -402,7 +406,7 @@ impl Tree {
         }
         for touched in &touched {
             for (first, end) in &touched.runs {
-                cache.wait_for(&touched.object(), *first, *end)?;
+                cache.wait_for(&touched.object(), || self.chunks_of(touched), *first, *end)?;
             }
             warming.done.fetch_add(touched.bytes(), Ordering::Relaxed);
         }

@@ -108,7 +108,15 @@ fn cpythons_own_tests_of_imports_pass_with_the_accelerator() {
             eprintln!("skipped: Python {minor} has no test package here (Debian: libpython3.11-testsuite)");
             continue;
         }
-        let args = [&script("cpython.py"), "test_importlib", "test_import", "test_pkgutil", "test_runpy"];
+        let args = [
+            &script("cpython.py"),
+            "test_importlib",
+            "test_import",
+            "test_pkgutil",
+            "test_runpy",
+            "test_zipimport",
+            "test_zipimport_support",
+        ];
         let told = run(&mount.python(&name), "on", &args);
         assert!(told.starts_with("active\n"), "{told}");
         println!("Python {minor}: {}", told.lines().rfind(|line| line.contains("otal")).unwrap_or_default());

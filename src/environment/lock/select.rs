@@ -5,16 +5,12 @@ use std::str::FromStr;
 
 use uv_normalize::{ExtraName, GroupName};
 use uv_pep440::{Version, VersionSpecifiers};
-use uv_pep508::{MarkerEnvironment, MarkerEnvironmentBuilder, MarkerTree, VerbatimUrl};
+use uv_pep508::{MarkerEnvironment, MarkerEnvironmentBuilder};
 
+use super::marker::Marker;
 use super::{Lock, Package, invalid};
 use crate::environment::{Interpreter, Markers};
 use crate::error::{Error, Kind, Result};
-
-/// The longest marker that is parsed, in bytes.
-const MARKER_MAX: usize = 64 * 1024;
-/// How deep parentheses in a marker may be nested; the parser recurses.
-const MARKER_DEPTH_MAX: usize = 64;
 
 /// What of a lock the user wants.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -36,7 +32,8 @@ impl Lock {
         let environment = marker_environment(&python.markers)?;
         let (extras, groups) = self.names(choice)?;
         let holds = |marker: &str, what: &str| -> Result<bool> {
-            Ok(marker_tree(marker, what)?.evaluate_pep751(&environment, &extras, &groups))
+            let marker = Marker::parse(marker).map_err(|why| invalid(format!("{what} is not readable")).detail(why))?;
+            Ok(marker.holds(&|comparison| comparison.evaluate_pep751(&environment, &extras, &groups)))
         };
         if !self.environments.is_empty() {
             let mut any = false;
@@ -118,25 +115,6 @@ fn python_matches(specifier: &str, python: &Interpreter, what: &str) -> Result<b
     let specifiers = VersionSpecifiers::from_str(specifier).map_err(|_| bad())?;
     let version = Version::from_str(&python.version).map_err(|_| bad())?;
     Ok(specifiers.contains(&version))
-}
-
-/// Parses a marker; `what` says whose in the error.
-pub(super) fn marker_tree(marker: &str, what: &str) -> Result<MarkerTree> {
-    let mut depth = 0usize;
-    let mut deepest = 0;
-    for byte in marker.bytes() {
-        match byte {
-            b'(' => depth += 1,
-            b')' => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        deepest = deepest.max(depth);
-    }
-    if marker.len() > MARKER_MAX || deepest > MARKER_DEPTH_MAX {
-        return Err(invalid(format!("{what} is too long or too deep to be read")));
-    }
-    MarkerTree::parse_str::<VerbatimUrl>(marker)
-        .map_err(|error| invalid(format!("{what} is not readable")).detail(error.to_string()))
 }
 
 /// The markers of an interpreter in uv's form.

@@ -21,9 +21,8 @@ pub fn strip_credentials(text: &str) -> String {
         match authority.rfind('@') {
             Some(sign) => {
                 let (user, host) = authority.split_at(sign);
-                let scheme_start = before[..at].rfind(|c: char| !(c.is_ascii_alphanumeric() || "+-.".contains(c)));
-                let scheme = &before[scheme_start.map_or(0, |s| s + 1)..at];
-                if scheme.ends_with("ssh") {
+                let scheme = before[..at].rsplit(|c: char| !(c.is_ascii_alphanumeric() || "+-.".contains(c))).next();
+                if scheme.unwrap_or_default().ends_with("ssh") {
                     out.push_str(user.split(':').next().unwrap_or_default());
                     out.push_str(host);
                 } else {
