@@ -8,7 +8,7 @@
 //! machine asks for, is an error, and never stands for "nothing was said".
 //!
 //! A program that knows nothing of owners would show everything to everybody. So before the first of these documents is
-//! written, `fabric.json` gets a feature ([`super::OWNERS`]) with which such a program leaves the store alone.
+//! written, `fabric.json` gets a feature ([`OWNERS`]) with which such a program leaves the store alone.
 
 use std::fs::File;
 use std::io::ErrorKind::NotFound;
@@ -18,9 +18,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::environments::{host, numbers};
+use super::fabric::OWNERS;
 use super::fsck::{Finding, FsckReport, Severity};
 use super::signed::Statement;
-use super::{Fabric, OWNERS, Store, list_dirs, now, parse, publish, read_json, to_json};
+use super::{Fabric, Store, list_dirs, now, parse, publish, read_json, to_json};
 use crate::environment::{EnvName, Owner};
 use crate::error::{Error, IoContext, Kind, Result};
 
