@@ -8,7 +8,7 @@
 //! machine asks for, is an error, and never stands for "nothing was said".
 //!
 //! A program that knows nothing of owners would show everything to everybody. So before the first of these documents is
-//! written, `fabric.json` gets a feature ([`OWNERS`]) with which such a program leaves the store alone.
+//! written, `fabric.json` gets a feature (`owners`) with which such a program leaves the store alone.
 
 use std::fs::File;
 use std::io::ErrorKind::NotFound;
