@@ -17,7 +17,7 @@
 //! goes first, what is open stays. Where there is no room, units are served from a small memory and not kept.
 //!
 //! **Files** are opened when they are needed and stay open for the next reader; of those that nobody reads at the moment,
-//! the ones used longest ago are closed when there are [`FILES_MAX`]. What of them was not sealed is compared again.
+//! the ones used longest ago are closed when there are 512. What of them was not sealed is compared again.
 //!
 //! **Waiting** follows [`crate::patience`]: no session thread waits here. Whoever may wait does so for a limited time, as
 //! calls on the store are made by threads that may hang.
