@@ -18,21 +18,25 @@ PROT_READ, MAP_SHARED = 1, 1
 def rows(places):
     library = cold_starts.heavy(places.ctx)
     name = f"bytes brought for `import {library}`, cold node, no profile, unpacked"
-    if not places.ctx.wants(name):
+    # What a disk brings depends on how far it reads ahead; the least is what no disk would do with.
+    least_name = f"{name}, against pages with the least read-ahead"
+    if not places.ctx.wants(name) and not places.ctx.wants(least_name):
         return
     say(f"{name} ...")
+    runs = range(min(3, places.ctx.runs))
     try:
-        touched = statistics.median(bytes_touched(places, f"import {library}") for _ in range(min(3, places.ctx.runs)))
-        figures = [brought(places, f"import {library}") for _ in range(min(3, places.ctx.runs))]
+        touched = statistics.median(bytes_touched(places, f"import {library}") for _ in runs)
+        with read_ahead(places.venv):
+            least = statistics.median(bytes_touched(places, f"import {library}") for _ in runs)
+        figures = [brought(places, f"import {library}") for _ in runs]
     except (Failed, OSError) as problem:
         yield failed(name, problem)
         return
     unpacked, fetched, how = sorted(figures)[len(figures) // 2]
-    yield Row(
-        name, f"{size(unpacked)} ({size(fetched)} as they lie in the store; {how})",
-        f"touched {size(touched)}: in the page cache after a cold start of a venv on the local disk, "
-        f"read-ahead {READ_AHEAD} KiB", unpacked / touched, goal=1.3,
-    )
+    ours = f"{size(unpacked)} ({size(fetched)} as they lie in the store; {how})"
+    peer = "in the page cache after a cold start of a venv on the local disk, read-ahead"
+    yield Row(name, ours, f"touched {size(touched)}: {peer} as it is", unpacked / touched, goal=1.3)
+    yield Row(least_name, ours, f"touched {size(least)}: {peer} {READ_AHEAD} KiB", unpacked / least)
 
 
 def brought(places, code):
@@ -56,10 +60,9 @@ def brought(places, code):
 def bytes_touched(places, code):
     """Bytes of the local venv and of its interpreter that are in memory after a cold start."""
     base = places.ctx.run(places.venv / "bin/python", "-c", "import sys; print(sys.base_prefix)", env=places.ctx.clean)
-    with read_ahead(places.venv):
-        drop_page_cache()
-        places.ctx.timed(places.venv / "bin/python", "-c", code)()
-        return sum(resident(top) for top in [places.venv, pathlib.Path(base.strip())])
+    drop_page_cache()
+    places.ctx.timed(places.venv / "bin/python", "-c", code)()
+    return sum(resident(top) for top in [places.venv, pathlib.Path(base.strip())])
 
 
 @contextlib.contextmanager
