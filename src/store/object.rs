@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::chunks::{CHUNK_SIZE, Chunks};
 use super::disk::Writing;
-use super::packed::{HEAD, NUMBER_AT, Packed, Sink, read_exact, too_short};
+use super::packed::{HEAD, NUMBER_AT, Packed, Sink, decompress, read_exact, too_short};
 use super::publish::{self, Temporary, Trust};
 use super::{Codec, Store};
 use crate::environment::{Digest, Hasher};
@@ -386,7 +386,7 @@ impl StoredChunks {
         let unpacked = frame.and_then(|frame| {
             let bytes = self.bytes.get(frame.bytes.clone())?;
             let unpacked = match frame.is_packed {
-                true => zstd::bulk::decompress(bytes, frame.length).ok()?,
+                true => decompress(bytes, frame.length).ok()?,
                 false => bytes.to_vec(),
             };
             (unpacked.len() == frame.length).then_some(unpacked)

@@ -11,10 +11,13 @@
 //! What says where the chunks are comes first, so that one request brings it together with the first of them, which are
 //! those that are used first. Numbers are little-endian.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+
+use zstd::bulk::{Compressor, Decompressor};
 
 use super::Codec;
 use super::chunks::{CHUNK_SIZE, Chunks};
@@ -166,8 +169,36 @@ impl<W: Write + Seek> Sink<W> {
 /// How hard objects are compressed: see docs/benchmarks.md.
 const LEVEL: i32 = 3;
 
+thread_local! {
+    // To make one takes as long as to use it: half a megabyte that is new each time.
+    static COMPRESSOR: RefCell<Option<Compressor<'static>>> = const { RefCell::new(None) };
+    static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+fn compress(chunk: &[u8], level: i32) -> io::Result<Vec<u8>> {
+    COMPRESSOR.with_borrow_mut(|kept| {
+        let compressor = match kept {
+            Some(compressor) => compressor,
+            None => kept.insert(Compressor::new(level)?),
+        };
+        compressor.set_compression_level(level)?;
+        compressor.compress(chunk)
+    })
+}
+
+/// What `frame` unpacks to, at most `length` bytes.
+pub(super) fn decompress(frame: &[u8], length: usize) -> io::Result<Vec<u8>> {
+    DECOMPRESSOR.with_borrow_mut(|kept| {
+        let decompressor = match kept {
+            Some(decompressor) => decompressor,
+            None => kept.insert(Decompressor::new()?),
+        };
+        decompressor.decompress(frame, length)
+    })
+}
+
 fn pack(out: &mut impl Write, level: i32, chunk: &mut Vec<u8>, table: &mut Vec<u8>, size: &mut u64) -> io::Result<()> {
-    let packed = zstd::bulk::compress(chunk, level)?;
+    let packed = compress(chunk, level)?;
     // What saves next to nothing is not worth unpacking.
     let length = if packed.len() < chunk.len() - chunk.len() / 16 {
         out.write_all(&packed)?;
