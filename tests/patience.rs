@@ -58,7 +58,7 @@ struct Hung {
 
 impl Hung {
     fn file(fixture: &Fixture, path: &str) -> Hung {
-        let dir = fixture.place("hung");
+        let dir = fixture.place(&format!("hung-{}", path.replace('/', "-")));
         let hung = Hung { path: fixture.store.root().join(path), fifo: dir.join("fifo"), was: dir.join("was") };
         // Whoever asks meanwhile finds the one or the other.
         nix::unistd::mkfifo(&hung.fifo, nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR).unwrap();
@@ -109,13 +109,15 @@ fn what_is_known_is_told_at_once_while_the_store_hangs() {
     let _alone = alone();
     let fixture = Fixture::new();
     fixture.publish("demo/a", vec![]);
+    fixture.publish("demo/a", vec![]);
     let tree = distant(&fixture);
     assert_eq!(kind(at_once(|| walk(&tree, "demo/a"))), Some(Kind::WouldWait), "nothing is known yet");
     let known = walk(&tree, "demo/a/.venv").unwrap().unwrap();
     tree.list(Ino::ROOT).unwrap();
     assert_eq!(at_once(|| walk(&tree, "demo/a/.venv")).unwrap(), Some(known), "it is fresh");
 
-    let hung = Hung::file(&fixture, "fabric.json");
+    // All that is asked for to see whether anything has changed.
+    let hung = ["fabric.json", "envs/demo/a/current/3.json"].map(|file| Hung::file(&fixture, file));
     until("the answer is too old", || kind(at_once(|| walk(&tree, "demo/a"))) == Some(Kind::WouldWait));
     assert!(!tree.is_cut_off());
     assert_eq!(walk(&tree, "demo/a/.venv").unwrap(), Some(known), "waited for, and then as before");
