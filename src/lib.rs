@@ -28,4 +28,6 @@ pub mod mount;
 pub mod patience;
 pub mod store;
 pub mod sys;
+#[cfg(any(test, fuzzing))]
+pub mod untrusted;
 pub mod view;
