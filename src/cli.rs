@@ -3,9 +3,9 @@
 //! Every verb gets the `Context` (settings and output) and its own arguments, and prints through `Output`, which
 //! knows about `--json` and closed pipes. Exit codes come from [`crate::error::Kind::exit_code`] alone.
 
-mod cache;
+pub(crate) mod cache;
 mod completions;
-mod config;
+pub(crate) mod config;
 mod create;
 mod daemon;
 mod diff;
@@ -29,7 +29,7 @@ mod run;
 mod settings;
 mod show;
 mod signing;
-mod spec;
+pub(crate) mod spec;
 mod stats;
 mod versions;
 mod warm;

@@ -29,4 +29,6 @@ pub mod patience;
 mod private;
 pub mod store;
 pub mod sys;
+#[cfg(any(test, fuzzing))]
+pub mod untrusted;
 pub mod view;

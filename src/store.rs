@@ -69,6 +69,8 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+#[cfg(test)]
+pub(crate) use catalog::tests::hostile as hostile_catalogs;
 pub use catalog::{Catalog, Scanned, ScannedKind};
 pub use chunks::{CHUNK_SIZE, Chunks};
 pub(crate) use environments::host;

@@ -9,17 +9,17 @@ use crate::error::{Error, Kind, Result};
 
 /// What a build needs of a distribution's metadata.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Metadata {
+pub(crate) struct Metadata {
     /// Normalised.
-    pub(super) name: String,
-    pub(super) version: String,
-    pub(super) requires: Vec<String>,
-    pub(super) requires_python: Option<String>,
+    pub(crate) name: String,
+    pub(crate) version: String,
+    pub(crate) requires: Vec<String>,
+    pub(crate) requires_python: Option<String>,
 }
 
 impl Metadata {
     /// Parses the headers; the body (a description of any size and encoding) is not looked at.
-    pub(super) fn parse(bytes: &[u8]) -> Result<Metadata> {
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Metadata> {
         let text = String::from_utf8_lossy(bytes);
         let mut fields: Vec<(String, String)> = Vec::new();
         for line in text.lines() {

@@ -5,13 +5,13 @@
 
 /// One line: the path as written, and the whole line.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Line {
-    pub(super) path: String,
+pub(crate) struct Line {
+    pub(crate) path: String,
     text: String,
 }
 
 /// Splits a RECORD into its lines. A path may be quoted and may hold commas, doubled quotes and line breaks.
-pub(super) fn parse(text: &str) -> Vec<Line> {
+pub(crate) fn parse(text: &str) -> Vec<Line> {
     let mut lines = Vec::new();
     let mut rest = text;
     while !rest.is_empty() {
@@ -57,13 +57,13 @@ fn unquote(inner: &str) -> String {
 }
 
 /// The RECORD without the lines whose path `drop` names; order and wording of the others stay as uv wrote them.
-pub(super) fn rewrite(lines: &[Line], drop: impl Fn(&str) -> bool) -> String {
+pub(crate) fn rewrite(lines: &[Line], drop: impl Fn(&str) -> bool) -> String {
     lines.iter().filter(|line| !drop(&line.path)).map(|line| format!("{}\n", line.text)).collect()
 }
 
 /// Resolves a path of a RECORD, which is relative to `site_packages`, to one below the venv.
 /// None when it is absolute or leaves the venv.
-pub(super) fn resolve(site_packages: &str, path: &str) -> Option<Vec<u8>> {
+pub(crate) fn resolve(site_packages: &str, path: &str) -> Option<Vec<u8>> {
     if path.starts_with('/') || path.contains('\0') {
         return None;
     }

@@ -65,7 +65,8 @@ impl Config {
         Ok(config)
     }
 
-    fn parse(text: &str) -> Result<Config> {
+    /// What `text` says.
+    pub(crate) fn parse(text: &str) -> Result<Config> {
         toml::from_str(text).map_err(|error| {
             Error::new(Kind::Usage, error.message().to_string())
                 .detail(error.to_string().trim_end().to_string())
