@@ -36,6 +36,9 @@ use sorts::{Nodes, Owners, Pointers, Sort, Versions, Workflows};
 /// How long an answer of the store is repeated without asking again.
 pub const FRESH: Duration = Duration::from_millis(250);
 
+/// How long the store counts as itself after it was seen to be.
+const SEEN: Duration = Duration::from_millis(500);
+
 /// How long after the last question a name is watched for changes.
 pub const WATCHED: Duration = Duration::from_secs(5);
 
@@ -355,7 +358,7 @@ impl Names {
     fn may_have_owners(&self, store: &Store) -> Result<bool> {
         let checked = *lock(&self.checked);
         if let Some((at, owners)) = checked
-            && at.elapsed() < FRESH
+            && at.elapsed() < SEEN
         {
             return Ok(owners);
         }
