@@ -290,6 +290,35 @@ fn a_signal_to_the_supervisor_or_the_worker_unmounts_and_who_uses_it_is_served_t
 }
 
 #[test]
+fn a_mount_that_has_the_number_of_one_that_is_gone_is_asked_itself_as_soon_as_the_other_has_noticed() {
+    needs_mounts!();
+    let fixture = Fixture::new();
+    fixture.publish("demo/a", fixture.packages());
+    for _ in 0..50 {
+        let first = Supervised::start(&fixture, "first", &[], &[]);
+        let number = fs::metadata(&first.dir).unwrap().dev();
+        // Its supervisor does not notice that it is gone, and still has the name of the number.
+        first.signal(Signal::SIGSTOP);
+        until("nobody uses it", || umount(&first.dir, false).is_ok());
+        let second = Supervised::begin(&fixture, "second", &[], &[]);
+        until("the second is ready", || second.log().contains("mounted at"));
+        // Other tests mount too.
+        if fs::metadata(&second.dir).unwrap().dev() != number {
+            continue;
+        }
+        assert!(second.log().contains("another process has the socket"), "{}", second.log());
+        first.signal(Signal::SIGCONT);
+        let pid = second.child.lock().unwrap().id();
+        until("the second is asked", || second.try_status().is_some_and(|status| status.supervisor == pid));
+        assert!(first.ends().success(), "{}", first.log());
+        let replaced = second.replace(Path::new(PROGRAM), &[]);
+        assert!(replaced.status.success(), "{}", String::from_utf8_lossy(&replaced.stderr));
+        return second.umount();
+    }
+    panic!("no mount has got the number of the one before");
+}
+
+#[test]
 fn a_file_that_was_passed_through_is_let_go_of_by_whoever_serves_then() {
     needs_mounts!();
     let fixture = Fixture::new();

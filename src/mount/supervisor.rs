@@ -60,6 +60,8 @@ use super::{Ended, attach, mounted_at, table};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::sys;
 
+/// How long a mount waits, before it is ready, for the name under which it is asked.
+const NAMED: Duration = Duration::from_secs(2);
 /// How long a worker may take to write down what it knows once the mount is gone.
 const SETTLES: Duration = Duration::from_secs(20);
 
@@ -138,6 +140,7 @@ struct Mounted {
     /// The kernel sends requests again.
     resend: bool,
     passthrough: bool,
+    /// Where it is asked; see [`Supervisor::listen`].
     listener: Option<Listener>,
 }
 
@@ -182,6 +185,7 @@ pub fn supervise(settings: Settings, ready: impl FnOnce()) -> Result<Ended> {
             }
         }
     }
+    supervisor.listen_before(Instant::now() + NAMED);
     ready();
     systemd::tell(&format!("READY=1\nSTATUS=serving {}", supervisor.mount_point.display()), &[]);
     let ended = supervisor.run();
@@ -353,6 +357,7 @@ impl Supervisor {
             if self.is_unmounted() {
                 return self.finish();
             }
+            self.listen();
             if self.restart.is_some_and(|at| at <= Instant::now())
                 && let Err(error) = self.go_on()
             {
@@ -373,9 +378,10 @@ impl Supervisor {
 
     /// Waits until there is something to do.
     fn wait(&self) -> Result<()> {
-        let next = [self.restart, self.worker.as_ref().map(|worker| self.next_look(worker))];
-        let next = next.into_iter().flatten().min();
         let listener = self.mounted.as_ref().and_then(|mounted| mounted.listener.as_ref());
+        let name = listener.is_none().then(|| Instant::now() + control::ASKS_FOR_NAME);
+        let next = [self.restart, self.worker.as_ref().map(|worker| self.next_look(worker)), name];
+        let next = next.into_iter().flatten().min();
         let mut all: Vec<BorrowedFd<'_>> = vec![self.wakes.child.as_fd(), self.wakes.leave.as_fd()];
         all.extend(self.worker.as_ref().map(|worker| worker.socket.as_fd()));
         all.extend(listener.map(AsFd::as_fd));
@@ -390,6 +396,8 @@ impl Supervisor {
 
     /// Waits for what serves a mount that is gone.
     fn finish(&mut self) -> Result<Ended> {
+        // The next mount may have its device number already.
+        self.mounted.iter_mut().for_each(|mounted| mounted.listener = None);
         if let Some(worker) = &mut self.worker {
             let end = Instant::now() + SETTLES;
             while worker.ended().is_none() && Instant::now() < end {
@@ -530,16 +538,12 @@ impl Supervisor {
 
 impl Mounted {
     fn new(device: OwnedFd, about: About, reply: &[u8]) -> Mounted {
-        let listener = Listener::bind(about.dev);
-        let listener = listener.inspect_err(|error| {
-            tracing::warn!(%error, "nobody can ask this mount for another worker");
-        });
         Mounted {
             device,
             about,
             resend: handshake::has_resend(reply),
             passthrough: handshake::has_passthrough(reply),
-            listener: listener.ok(),
+            listener: None,
         }
     }
 }

@@ -2,6 +2,10 @@
 //!
 //! It listens on a socket whose name has the mount's device number, so whoever sees the mount finds it, and nothing is
 //! left behind in a file system. It answers root and the user that it runs as, and nobody else.
+//!
+//! The kernel gives the number of a mount that is gone to the next one, maybe before the supervisor of the first has
+//! noticed. So who supervises asks for the name until it is free, and who has the name of a mount that is gone answers
+//! nobody. (The kernel ends a connection before it gives its number away.)
 
 use std::cell::Cell;
 use std::ffi::OsString;
@@ -25,6 +29,8 @@ use crate::mount::table::{self, MountInfo};
 
 /// How long who has connected may take to say what it wants.
 const SPEAKS: Duration = Duration::from_secs(1);
+/// How often who supervises asks for a name that another process has.
+pub(super) const ASKS_FOR_NAME: Duration = Duration::from_millis(250);
 /// How long a supervisor may take to answer that starts no worker.
 const ANSWERS: Duration = Duration::from_secs(5);
 /// How long it may take to start one, three times what a worker may take.
@@ -131,11 +137,43 @@ impl AsFd for Listener {
 }
 
 impl Supervisor {
+    /// Takes the name under which the mount is asked, if it has not got it and the name is free.
+    pub(super) fn listen(&mut self) {
+        let Some(mounted) = self.mounted.as_mut().filter(|mounted| mounted.listener.is_none()) else { return };
+        mounted.listener = Listener::bind(mounted.about.dev).ok();
+    }
+
+    /// The same, and waits for the name.
+    pub(super) fn listen_before(&mut self, end: Instant) {
+        let pause = Duration::from_millis(5);
+        loop {
+            self.listen();
+            let Some(mounted) = self.mounted.as_ref().filter(|mounted| mounted.listener.is_none()) else { return };
+            if Instant::now() >= end {
+                let (major, minor) = mounted.about.dev;
+                tracing::warn!(
+                    name = format!("@envfabric-mount-{major}:{minor}"),
+                    "another process has the socket under which this mount is told what to do; it asks for it again \
+                     until it is free"
+                );
+                return;
+            }
+            let leave = super::wire::wait_for(&[self.wakes.leave.as_fd()], Some(Instant::now() + pause));
+            if leave.is_ok_and(|leave| leave.contains(&true)) || self.is_unmounted() {
+                return;
+            }
+        }
+    }
+
     /// Answers who asks, if somebody does.
     pub(super) fn answer(&mut self) {
         let Some(listener) = self.mounted.as_ref().and_then(|mounted| mounted.listener.as_ref()) else { return };
         let readable = super::wire::wait_for(&[listener.as_fd()], Some(Instant::now()));
         if !readable.is_ok_and(|readable| readable.contains(&true)) {
+            return;
+        }
+        // Whoever asks then may mean the next mount, which has the number.
+        if self.is_unmounted() {
             return;
         }
         let (question, mut with, asks) = match listener.take() {
