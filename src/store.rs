@@ -448,9 +448,13 @@ fn list_dirs(dir: &Path) -> Result<Vec<String>> {
 }
 
 fn list(dir: &Path, keep: impl Fn(&fs::DirEntry) -> bool) -> Result<Vec<String>> {
+    Ok(list_if_there(dir, keep)?.unwrap_or_default())
+}
+
+fn list_if_there(dir: &Path, keep: impl Fn(&fs::DirEntry) -> bool) -> Result<Option<Vec<String>>> {
     use std::io::ErrorKind::{NotADirectory, NotFound};
     let entries = match fs::read_dir(dir) {
-        Err(error) if matches!(error.kind(), NotFound | NotADirectory) => return Ok(Vec::new()),
+        Err(error) if matches!(error.kind(), NotFound | NotADirectory) => return Ok(None),
         other => other.at("reading", dir)?,
     };
     let mut names = Vec::new();
@@ -463,7 +467,7 @@ fn list(dir: &Path, keep: impl Fn(&fs::DirEntry) -> bool) -> Result<Vec<String>>
         }
     }
     names.sort();
-    Ok(names)
+    Ok(Some(names))
 }
 
 #[cfg(test)]

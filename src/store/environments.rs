@@ -15,12 +15,12 @@ use serde::{Deserialize, Serialize};
 use super::gc::{BootTime, FRESH};
 use super::seal::{self, Unreadable};
 use super::signed::{Statement, replayed};
-use super::{Store, disk, in_parallel, list_dirs, list_names, now, parse, publish};
+use super::{Store, disk, in_parallel, list_dirs, list_if_there, now, parse, publish};
 use crate::environment::{EnvName, VERSION_FORMAT, Version};
 use crate::error::{Error, IoContext, Kind, Result};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::ErrorKind::{NotADirectory, NotFound};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// `current/<seq>.json`: which version is current since when.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -180,9 +180,12 @@ impl Store {
         let mut tries = 0;
         loop {
             // A pointer that was seen is asked for by its name: the listing of it may be older.
-            let (mut sequence, mut pointer) = match numbers(&dir)?.last().copied().max(seen) {
+            let listed = numbers_if_there(&dir)?;
+            let (mut sequence, mut pointer) = match listed.iter().flatten().last().copied().max(seen) {
                 Some(sequence) => (sequence, self.read_pointer(name, sequence)),
                 None => match self.first_pointer(name)? {
+                    // No name was in a directory that was not there.
+                    Some(first) if listed.is_none() => return self.note_pointer(name, &first).map(|()| Some(first)),
                     Some(first) => (1, Ok(first)),
                     None => {
                         self.require_present()?;
@@ -239,9 +242,10 @@ impl Store {
     /// Pointer 1 as the first version stands for it.
     pub(super) fn first_pointer(&self, name: &EnvName) -> Result<Option<Pointer>> {
         let path = self.version_path(name, 1);
-        let modified = match File::open(&path).and_then(|file| file.metadata()) {
+        // Not opened: its bytes are not asked for, and that it is there is told as soon by a look.
+        let modified = match fs::metadata(&path) {
             Err(error) if matches!(error.kind(), NotFound | NotADirectory) => return Ok(None),
-            other => other.at("opening", &path)?.modified().at("opening", &path)?,
+            other => other.at("looking at", &path)?.modified().at("looking at", &path)?,
         };
         if self.trust().is_some() {
             self.version(name, 1)?;
@@ -386,14 +390,20 @@ pub(super) fn no_environment(name: &EnvName) -> Error {
 const NUMBER_MAX: u64 = 1 << 53;
 
 /// The numbers `n` of files `<n>.json`, ascending. Other names and other spellings of a number are not ours.
-pub(super) fn numbers(dir: &std::path::Path) -> Result<Vec<u64>> {
+pub(super) fn numbers(dir: &Path) -> Result<Vec<u64>> {
+    Ok(numbers_if_there(dir)?.unwrap_or_default())
+}
+
+/// The same; none where the directory is not there.
+fn numbers_if_there(dir: &Path) -> Result<Option<Vec<u64>>> {
     let number = |name: &String| {
         let stem = name.strip_suffix(".json")?;
         stem.parse().ok().filter(|n: &u64| n.to_string() == stem && (1..NUMBER_MAX).contains(n))
     };
-    let mut numbers: Vec<u64> = list_names(dir)?.iter().filter_map(number).collect();
+    let Some(names) = list_if_there(dir, |_| true)? else { return Ok(None) };
+    let mut numbers: Vec<u64> = names.iter().filter_map(number).collect();
     numbers.sort_unstable();
-    Ok(numbers)
+    Ok(Some(numbers))
 }
 
 /// The name of this host.
@@ -405,6 +415,7 @@ pub(crate) fn host() -> String {
 pub(crate) mod tests {
     use super::*;
     use crate::environment::{Builder, Digest, InterpreterRef, Source};
+    use crate::store::list_names;
 
     pub(crate) fn draft(name: &str) -> Version {
         Version {

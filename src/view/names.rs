@@ -87,6 +87,16 @@ impl Access {
     const OPEN: Access = Access { whose: Whose::Everybodys, sequence: 0 };
 }
 
+/// Whether a workflow has an environment to list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Live {
+    Yes,
+    /// It has some, and none is to be listed.
+    No,
+    /// It never had any.
+    Never,
+}
+
 /// An environment as its directory shows it.
 #[derive(Debug, Clone)]
 pub(super) struct Env {
@@ -142,7 +152,7 @@ pub(super) struct Names {
     limit: OnceLock<Duration>,
     /// Questions to a distant store whose answers are not kept here: whether a workflow has an environment, what
     /// a version's document says, whether the store is there.
-    witnesses: Flights<String, bool>,
+    witnesses: Flights<String, Live>,
     documents: Flights<(EnvName, u64), Option<Version>>,
     probes: Flights<(), ()>,
 }
@@ -245,7 +255,7 @@ impl Names {
                 let begun = Instant::now();
                 let before = cells.look(key, Age::Any, false).map(|(known, _)| known.value);
                 let answer = S::read(self, key, before.as_deref(), ask);
-                cells.keep(key, begun, answer, &self.outage, || self.note(S::change(key)))
+                cells.keep(key, begun, ask, answer, &self.outage, || self.note(S::change(key)))
             }
             known => Ok(known),
         };
@@ -447,31 +457,36 @@ impl Names {
         }
     }
 
-    fn has_listed_node(self: &Arc<Self>, workflow: &str, age: Age, ask: bool) -> Result<bool> {
-        let Source::Store(store) = &self.source else { return Ok(true) };
+    fn has_listed_node(self: &Arc<Self>, workflow: &str, age: Age, ask: bool) -> Result<Live> {
+        let Source::Store(store) = &self.source else { return Ok(Live::Yes) };
         let witness = lock(&self.witness).get(workflow).cloned();
         if let Some(name) = witness
             && self.is_listed(workflow, name.node(), age, ask)?
         {
-            return Ok(true);
+            return Ok(Live::Yes);
         }
-        let Some((_, limit)) = self.distant() else { return self.find_witness(store, workflow, age, ask) };
+        let Some((_, limit)) = self.distant() else { return self.find_witness(store, workflow, age) };
         let find = || {
             let (names, store, workflow) = (self.clone(), store.clone(), workflow.to_string());
-            move || names.find_witness(&store, &workflow, age, ask)
+            move || names.find_witness(&store, &workflow, age)
         };
-        self.question(&self.witnesses, &workflow.to_string(), limit, |found| *found, find)
+        self.question(&self.witnesses, &workflow.to_string(), limit, |found| *found == Live::Yes, find)
     }
 
-    fn find_witness(self: &Arc<Self>, store: &Store, workflow: &str, age: Age, ask: bool) -> Result<bool> {
-        for node in self.present(store)?.nodes(workflow)? {
-            if self.is_listed(workflow, &node, age, ask)? {
+    fn find_witness(self: &Arc<Self>, store: &Store, workflow: &str, age: Age) -> Result<Live> {
+        let nodes = self.present(store)?.nodes(workflow)?;
+        if nodes.is_empty() {
+            return Ok(Live::Never);
+        }
+        for node in nodes {
+            // Not asked on its behalf: it may be another that somebody is on the way to.
+            if self.is_listed(workflow, &node, age, false)? {
                 let name = EnvName::new(workflow, &node)?;
                 lock(&self.witness).insert(workflow.into(), name);
-                return Ok(true);
+                return Ok(Live::Yes);
             }
         }
-        Ok(false)
+        Ok(Live::No)
     }
 
     /// True when directory `workflow` is to be found.
@@ -480,20 +495,26 @@ impl Names {
             return Ok(draft.environment.workflow() == workflow);
         }
         let listed = self.has_listed_node(workflow, Age::Fresh, true);
-        if matches!(listed, Ok(true)) || lock(&self.used).iter().any(|name| name.workflow() == workflow) {
+        if matches!(listed, Ok(Live::Yes)) || lock(&self.used).iter().any(|name| name.workflow() == workflow) {
             return Ok(true);
         }
-        Ok(listed? || self.has_listed_node(workflow, Age::Now, true)?)
+        // What was known already may be older than a version that has come since.
+        Ok(listed? == Live::No && self.has_listed_node(workflow, Age::Now, true)? == Live::Yes)
     }
 
     /// The environment `name`, where it is to be found.
     pub(super) fn env(self: &Arc<Self>, name: &EnvName, age: Age) -> Result<Option<Env>> {
         // What is not known is read now in any case.
         let age = if self.pointers.has(name) { age } else { Age::Now };
-        match self.env_asked(name, age, true)? {
-            None if age == Age::Fresh => self.env_asked(name, Age::Now, true),
-            found => Ok(found),
+        let found = match self.env_asked(name, age, true)? {
+            None if age == Age::Fresh => self.env_asked(name, Age::Now, true)?,
+            found => found,
+        };
+        // It is asked for anyway, and so costs nothing as the one that is looked at.
+        if found.as_ref().is_some_and(|env| env.listed) {
+            lock(&self.witness).insert(name.workflow().into(), name.clone());
         }
+        Ok(found)
     }
 
     fn env_asked(self: &Arc<Self>, name: &EnvName, age: Age, ask: bool) -> Result<Option<Env>> {

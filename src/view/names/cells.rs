@@ -27,15 +27,17 @@ struct Cell<T> {
     whole: Instant,
     /// When that reading began.
     begun: Instant,
-    asked: Instant,
+    /// None while nobody but the refresher wanted to know.
+    asked: Option<Instant>,
     /// The last reading failed.
     failing: bool,
 }
 
 impl<T: PartialEq> Cell<T> {
-    fn new(value: T, mtime: Time, begun: Instant) -> Self {
+    fn new(value: T, mtime: Time, begun: Instant, ask: bool) -> Self {
         let now = Instant::now();
-        Cell { value: Arc::new(value), mtime, read: now, whole: now, begun, asked: now, failing: false }
+        let asked = ask.then_some(now);
+        Cell { value: Arc::new(value), mtime, read: now, whole: now, begun, asked, failing: false }
     }
 
     fn known(&self) -> Known<T> {
@@ -195,7 +197,7 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
         let cell = self.cell(key)?;
         let mut cell = lock(&cell);
         if ask {
-            cell.asked = Instant::now();
+            cell.asked = Some(Instant::now());
         }
         Some((cell.known(), age.admits(cell.read)))
     }
@@ -221,7 +223,7 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
 
     pub(super) fn keys_asked_since(&self, since: Instant) -> Vec<K> {
         let map = lock(&self.map);
-        let asked = |cell: &Arc<Mutex<Cell<T>>>| cell.try_lock().is_ok_and(|c| c.asked >= since);
+        let asked = |cell: &Arc<Mutex<Cell<T>>>| cell.try_lock().is_ok_and(|c| c.asked >= Some(since));
         map.iter().filter(|(_, cell)| asked(cell)).map(|(key, _)| key.clone()).collect()
     }
 
@@ -238,11 +240,11 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
     ) -> Result<Option<Known<T>>> {
         let Some(cell) = self.cell(key) else {
             let begun = Instant::now();
-            return self.keep(key, begun, read(None), outage, changed);
+            return self.keep(key, begun, ask, read(None), outage, changed);
         };
         let mut cell = lock(&cell);
         if ask {
-            cell.asked = Instant::now();
+            cell.asked = Some(Instant::now());
         }
         if !age.admits(cell.read) {
             let begun = Instant::now();
@@ -252,11 +254,12 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
         Ok(Some(cell.known()))
     }
 
-    /// Keeps what a reading that began at `begun` has brought, and gives what is known after it.
+    /// Keeps what a reading that began at `begun` has brought, and gives what is known after it. `ask` as in [`Cells::get`].
     pub(super) fn keep(
         &self,
         key: &K,
         begun: Instant,
+        ask: bool,
         answer: Result<Option<T>>,
         outage: &Outage,
         changed: impl FnOnce(),
@@ -270,7 +273,7 @@ impl<K: Clone + Eq + Hash, T: PartialEq> Cells<K, T> {
                     // Somebody else was first, and has told a time.
                     Some(cell) => (cell.clone(), Ok(Some(value))),
                     None => {
-                        let cell = Cell::new(value, self.since.unwrap_or_else(time_now), begun);
+                        let cell = Cell::new(value, self.since.unwrap_or_else(time_now), begun, ask);
                         let known = cell.known();
                         map.insert(key.clone(), Arc::new(Mutex::new(cell)));
                         return Ok(Some(known));

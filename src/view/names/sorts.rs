@@ -5,7 +5,7 @@ use std::hash::Hash;
 use std::sync::Arc;
 
 use super::cells::{Age, Cells, Known, lock};
-use super::{Access, NameChange, Names, Pointed, Source, WATCHED, Whose};
+use super::{Access, Live, NameChange, Names, Pointed, Source, WATCHED, Whose};
 use crate::environment::EnvName;
 use crate::error::{Error, Kind, Result};
 use crate::patience::{self, Leave};
@@ -61,7 +61,7 @@ impl Sort for Workflows {
         if is_away(&found, before) {
             return Ok(None);
         }
-        found.retain(|workflow| names.has_listed_node(workflow, Age::Fresh, ask).unwrap_or(true));
+        found.retain(|workflow| names.has_listed_node(workflow, Age::Fresh, ask).unwrap_or(Live::Yes) == Live::Yes);
         // Whoever lists them asks for each one's owner next; many are asked at once.
         let leave = Leave::of_this_thread();
         in_parallel(&found, |workflow| leave.run(|| drop(names.access_asked(workflow, false))));
