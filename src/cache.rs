@@ -23,6 +23,7 @@
 //! calls on the store are made by threads that may hang.
 
 mod ahead;
+mod arrival;
 mod counters;
 mod entry;
 mod fetch;
@@ -54,6 +55,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::patience;
 use crate::store::{CHUNK_SIZE, Chunks, Object, Room, Store};
 use ahead::Ahead;
+use arrival::PackedBytes;
 use counters::Counters;
 use entry::{Entry, Order};
 use fetch::Source;
@@ -132,6 +134,7 @@ struct Inner {
     /// About how many files are open: more are counted than there are until somebody counts anew.
     files: AtomicUsize,
     ahead: Arc<Ahead>,
+    packed: PackedBytes,
     /// Units for which there was no room.
     loose: Mutex<Loose>,
     /// The latest time at which something was used, see [`Inner::now`].
@@ -194,6 +197,7 @@ impl Cache {
             counters: Counters::default(),
             files: AtomicUsize::new(0),
             ahead: Arc::default(),
+            packed: PackedBytes::default(),
             loose: Mutex::default(),
             clock: AtomicU64::new(0),
             leaving: AtomicU64::new(0),
@@ -373,9 +377,11 @@ impl Cache {
         stats
     }
 
-    /// About how many files are open, and how many may be while nobody reads them.
-    pub fn files(&self) -> (u64, u64) {
-        (self.inner.files.load(Ordering::Relaxed).min(FILES_MAX) as u64, FILES_MAX as u64)
+    /// Its bounded memories: name, what it holds (of files about), what it holds at most.
+    pub fn memories(&self) -> [(&'static str, u64, u64); 2] {
+        let files = self.inner.files.load(Ordering::Relaxed).min(FILES_MAX);
+        let packed = self.inner.packed.now();
+        [("open cached files", files as u64, FILES_MAX as u64), ("bytes to unpack", packed, arrival::PACKED_MAX)]
     }
 
     /// Reads everything that is sealed once more and compares it, now. Done slowly by itself, see [`Options::scrub`].

@@ -301,6 +301,45 @@ fn what_is_queued_ahead_of_readers_is_fetched_at_once_when_one_comes() {
 }
 
 #[test]
+fn what_came_around_a_read_is_served_though_all_that_gives_way_hangs_and_is_bounded_until_then() {
+    const REQUEST: u64 = 4;
+    let _alone = needs_nas!();
+    let world = World::new(Codec::Raw);
+    let object = |chunks: u64, seed| {
+        let bytes = noise((chunks * CHUNK_SIZE) as usize, seed);
+        let digest = world.fixture.store.ensure_blob(&bytes).unwrap();
+        (Object { room: Room::Blobs, digest, size: bytes.len() as u64 }, bytes)
+    };
+    // More than may be kept to be unpacked later.
+    let [(hanging, hanging_bytes), (wanted, bytes)] = [object(64, 23), object(70 * REQUEST, 24)];
+    let options = cache::Options { keep_free: 0, ..cache::Options::at(world.fixture.place("around")) };
+    let cache = Cache::open(options, world.store()).unwrap();
+    let to_unpack = || {
+        let [_, (name, now, most)] = cache.memories();
+        assert!(name == "bytes to unpack" && now <= most, "{now} of {most}");
+        (now, most)
+    };
+    let read = |at: u64| {
+        let read = cache.read(&wanted, || Ok(Chunks::of(&bytes)), at * CHUNK_SIZE, CHUNK_SIZE).unwrap();
+        assert!(read == bytes[(at * CHUNK_SIZE) as usize..][..CHUNK_SIZE as usize], "chunk {at}");
+    };
+    cache.read(&hanging, || Ok(Chunks::of(&hanging_bytes)), 0, 1).unwrap();
+    until("all is unpacked", || to_unpack().0 == 0);
+    world.nas.command(&format!("hang blobs/{}", hanging.digest));
+    cache.ask_ahead(&hanging, || unreachable!(), 8, 64, usize::MAX).unwrap();
+    world.nas.wait_until_hung(4);
+    // From the end, so that nobody is read ahead for.
+    (0..70).rev().for_each(|request| read(request * REQUEST + 1));
+    let (now, most) = to_unpack();
+    assert!(now > most / 2, "{now} of {most}");
+    world.nas.command("hang");
+    (0..wanted.chunks()).for_each(read);
+    until("all is unpacked", || to_unpack().0 == 0);
+    assert!(cache.stats().ahead_used >= 69 * (REQUEST - 1), "{:#?}", cache.stats());
+    world.nas.command("heal");
+}
+
+#[test]
 fn a_whole_file_is_passed_through_as_soon_as_no_other_handle_of_it_is_open() {
     let _alone = needs_nas!();
     let mut world = World::new(Codec::Zstd);

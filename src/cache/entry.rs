@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
-use super::fetch::{AT_ONCE, Arrived};
+use super::arrival::{Arrival, Landing};
+use super::fetch::AT_ONCE;
 use super::state::{Failure, InMemory, Queued, State, Unit, Work};
 use super::units::{Known, Units};
 use super::{Inner, Key, lock};
@@ -184,17 +185,18 @@ impl Entry {
             self.set_off(inner, &known, ahead, &Order::AHEAD);
             return Ok(found);
         }
-        let hastened = state.hasten(&wanted);
-        if !patience::may_wait() {
+        let may_wait = patience::may_wait();
+        let hastened = state.hasten(&wanted, may_wait);
+        if !may_wait {
             let runs = state.ask(wanted.clone());
             drop(state);
-            ask_now(hastened);
+            do_now(hastened);
             self.set_off(inner, &known, runs, &Order::of(&wanted));
             return Err(patience::would_wait());
         }
         state.expect(wanted.clone());
         drop(state);
-        ask_now(hastened);
+        do_now(hastened);
         let found = self.wait(inner, &known, &wanted);
         let mut state = lock(&self.state);
         state.expect_no_more(wanted.clone());
@@ -295,11 +297,11 @@ impl Entry {
     /// Has `run` fetched, which has to be divided by requests first where `divide` says so.
     fn send(self: &Arc<Self>, inner: &Arc<Inner>, known: &Arc<Known>, run: Range<usize>, order: &Order, divide: bool) {
         // Whatever becomes of the question, also if it is never asked.
-        let mut landing = Landing { entry: self.clone(), units: run.clone().collect() };
+        let mut landing = Landing::of(self, run.clone());
         let (inner, known, order) = (inner.clone(), known.clone(), order.clone());
         let (units, is_awaited) = (run.clone(), order.is_for(&run));
         let under_way = (!is_awaited).then(|| inner.ahead.begin());
-        let work: Work = Box::new(move || {
+        let work = Work::Fetch(Box::new(move || {
             let _under_way = under_way;
             let entry = landing.entry.clone();
             // It may have queued for long.
@@ -309,45 +311,34 @@ impl Entry {
                 Some(Ok(file)) => {
                     let mut parts = entry.requests(&inner, &known, &file, &run, &order);
                     run = parts.remove(parts.iter().position(|part| order.is_for(part)).unwrap_or(0));
-                    landing.units = run.clone().collect();
+                    landing.reduce(run.clone());
                     entry.send_all(&inner, &known, parts, &order);
                 }
                 Some(Err(error)) => failed = Some(error),
                 None => {}
             }
-            let first = |left: &[usize]| {
-                let state = lock(&entry.state);
-                let is_awaited = |at: &usize| order.wanted.contains(at) || state.expected.contains_key(at);
-                left.iter().position(is_awaited).unwrap_or(0)
-            };
-            inner.source.fetch(&known, run, failed, &inner.counters, first, |arrived| match arrived {
-                Arrived::Part => lock(&entry.state).note_moved(0),
-                Arrived::Unit(at, bytes) => {
-                    let ahead = !order.wanted.contains(&at);
-                    inner.counters.ahead.fetch_add(u64::from(ahead), Ordering::Relaxed);
-                    entry.take(&inner, &known, at, bytes, ahead);
-                    landing.has(at);
-                }
-                Arrived::Failed(at, error) => {
-                    entry.fail([at], error.kind(), &error.chain());
-                    landing.has(at);
-                }
-            });
-        });
-        if is_awaited {
-            return ask_now(vec![work]);
+            let mut arrival = Arrival::new(&inner, &known, order.wanted, landing);
+            inner.source.fetch(&known, run, failed, &inner.counters, &mut arrival);
+        }));
+        match is_awaited {
+            true => do_now(vec![work]),
+            false => self.queue(units, work),
         }
+    }
+
+    /// Has `work` done, which brings `units`, by threads that give way, unless somebody waits for it.
+    pub(super) fn queue(&self, units: Range<usize>, work: Work) {
         let queued = Queued::new(work);
         let mut state = lock(&self.state);
         if state.is_expected(&units) {
             drop(state);
-            return ask_now(queued.take().into_iter().collect());
+            return do_now(queued.take().into_iter().collect());
         }
         state.queue(units, queued.clone());
         drop(state);
         let ask = patience::AHEAD.ask({
             let queued = queued.clone();
-            move || queued.take().into_iter().for_each(|work| work())
+            move || queued.take().into_iter().for_each(Work::run)
         });
         if let Err(error) = ask {
             tracing::debug!(error = error.chain(), "not asked");
@@ -375,7 +366,7 @@ impl Entry {
     }
 
     /// Takes a unit in, compared.
-    fn take(&self, inner: &Inner, known: &Known, at: usize, bytes: Vec<u8>, ahead: bool) {
+    pub(super) fn take(&self, inner: &Inner, known: &Known, at: usize, bytes: Vec<u8>, ahead: bool) {
         let kept = self.keep(inner, known, at, &bytes);
         let mut state = lock(&self.state);
         state.failed.remove(&at);
@@ -401,7 +392,7 @@ impl Entry {
     }
 
     /// Notes why units did not come.
-    fn fail(&self, units: impl IntoIterator<Item = usize>, kind: Kind, what: &str) {
+    pub(super) fn fail(&self, units: impl IntoIterator<Item = usize>, kind: Kind, what: &str) {
         let mut state = lock(&self.state);
         for at in units {
             if state.units[at] == Unit::Asked {
@@ -440,39 +431,19 @@ impl Order {
     }
 }
 
-/// Units on their way; whatever becomes of them, nobody waits for ever.
-struct Landing {
-    entry: Arc<Entry>,
-    units: Vec<usize>,
-}
-
-impl Landing {
-    /// Unit `at` has come, or not.
-    fn has(&mut self, at: usize) {
-        self.units.retain(|unit| *unit != at);
-    }
-}
-
-impl Drop for Landing {
-    fn drop(&mut self) {
-        if !self.units.is_empty() {
-            let what = format!("{}: a question to the store broke off", label(self.entry.key));
-            self.entry.fail(std::mem::take(&mut self.units), Kind::Failed, &what);
-        }
-    }
-}
-
-/// Has `work` done that somebody waits for. Not while a state is held: what is not even asked fails at once.
-fn ask_now(work: Vec<Work>) {
+/// Does `work`, for which somebody waits, or has it done where it may hang. Not while a state is held: what is not even
+/// asked fails at once.
+fn do_now(work: Vec<Work>) {
     for work in work {
-        if let Err(error) = patience::BYTES.ask(work) {
-            tracing::debug!(error = error.chain(), "not asked");
+        match work {
+            Work::Unpack(unpack) => unpack(),
+            Work::Fetch(fetch) => {
+                if let Err(error) = patience::BYTES.ask(fetch) {
+                    tracing::debug!(error = error.chain(), "not asked");
+                }
+            }
         }
     }
-}
-
-fn label(key: Key) -> String {
-    format!("{}/{}", key.0.name(), key.1)
 }
 
 fn unknown() -> Error {

@@ -56,6 +56,18 @@ pub(super) enum Arrived {
     Failed(usize, Error),
 }
 
+/// Who has units fetched.
+pub(super) trait Receives {
+    /// Of units that are left, the place of one that somebody waits for.
+    fn awaited(&self, left: &[usize]) -> Option<usize>;
+
+    /// Takes what has come.
+    fn take(&mut self, arrived: Arrived);
+
+    /// Takes `units`, which nobody waits for, as they are stored, to have them unpacked later; or gives them back.
+    fn leave(&mut self, stored: StoredChunks, units: &[usize]) -> Option<StoredChunks>;
+}
+
 impl Source {
     /// For readers who wait as long as `patience`.
     pub(super) fn new(store: Store, patience: Duration) -> Self {
@@ -63,17 +75,15 @@ impl Source {
         Source { store, files, opening: Mutex::default(), answer: patience / PART, pace: AtomicU64::new(u64::MAX) }
     }
 
-    /// Hands `units` of an object to `take`, each as it should be or not at all: one that the store does not have right
-    /// harms no other. Of those that are left, `first` says which is the most urgent; `failed` is what became of a first
-    /// try, if there was one. May hang: for store threads only.
+    /// Hands `units` of an object to `receiver`, each as it should be or not at all: one that the store does not have right
+    /// harms no other. `failed` is what became of a first try, if there was one. May hang: for store threads only.
     pub(super) fn fetch(
         &self,
         known: &Known,
         units: Range<usize>,
         failed: Option<Error>,
         counters: &Counters,
-        first: impl Fn(&[usize]) -> usize,
-        mut take: impl FnMut(Arrived),
+        receiver: &mut impl Receives,
     ) {
         let object = &known.object;
         let (mut left, mut late): (Vec<usize>, Vec<usize>) = match known.units {
@@ -82,10 +92,10 @@ impl Source {
         };
         let mut error = failed;
         while !left.is_empty() {
-            let run = self.run(&left, first(&left));
+            let run = self.run(&left, receiver.awaited(&left).unwrap_or(0));
             left.retain(|at| !run.contains(at));
             let mut here: Vec<usize> = run.clone().collect();
-            let stored = match self.open(object).and_then(|file| self.read(&file, &run, counters)) {
+            let mut stored = match self.open(object).and_then(|file| self.read(&file, &run, counters)) {
                 Ok(stored) => stored,
                 Err(failed) => {
                     error = Some(failed);
@@ -94,9 +104,16 @@ impl Source {
                 }
             };
             while !here.is_empty() {
-                let at = here.remove(first(&here));
+                let awaited = receiver.awaited(&here);
+                if awaited.is_none() {
+                    match receiver.leave(stored, &here) {
+                        Some(back) => stored = back,
+                        None => break,
+                    }
+                }
+                let at = here.remove(awaited.unwrap_or(0));
                 match unpack(known, &stored, at, counters) {
-                    Ok(bytes) => take(Arrived::Unit(at, bytes)),
+                    Ok(bytes) => receiver.take(Arrived::Unit(at, bytes)),
                     Err(wrong) => {
                         error = Some(wrong);
                         late.push(at);
@@ -109,9 +126,9 @@ impl Source {
         while let Some(at) = late.peek().copied() {
             let error = match error.take() {
                 Some(error) => error,
-                None => match self.fetch_one(known, at, counters, &mut take) {
+                None => match self.fetch_one(known, at, counters, receiver) {
                     Ok(bytes) => {
-                        take(Arrived::Unit(at, bytes));
+                        receiver.take(Arrived::Unit(at, bytes));
                         tries = 0;
                         late.next();
                         continue;
@@ -131,7 +148,7 @@ impl Source {
             if error.kind() == Kind::Corrupt {
                 counters.corrupt_in_store.fetch_add(1, Ordering::Relaxed);
             }
-            take(Arrived::Failed(at, error.context(format!("{} cannot be fetched", object.label()))));
+            receiver.take(Arrived::Failed(at, error.context(format!("{} cannot be fetched", object.label()))));
             late.next();
         }
     }
@@ -191,7 +208,7 @@ impl Source {
         known: &Known,
         at: usize,
         counters: &Counters,
-        take: &mut impl FnMut(Arrived),
+        receiver: &mut impl Receives,
     ) -> Result<Vec<u8>> {
         let file = self.open(&known.object)?;
         if let Units::Chunks(_) = known.units {
@@ -218,7 +235,7 @@ impl Source {
                 std::iter::once(first).chain(joined).collect::<Result<Vec<_>>>()
             })?;
             read.into_iter().flatten().for_each(|mut chunk| all.append(&mut chunk));
-            take(Arrived::Part);
+            receiver.take(Arrived::Part);
         }
         compared(known, at, all, file.path(), counters)
     }
@@ -276,7 +293,7 @@ impl Source {
 }
 
 /// Unit `at`, which is one of `stored`.
-fn unpack(known: &Known, stored: &StoredChunks, at: usize, counters: &Counters) -> Result<Vec<u8>> {
+pub(super) fn unpack(known: &Known, stored: &StoredChunks, at: usize, counters: &Counters) -> Result<Vec<u8>> {
     compared(known, at, stored.unpack(at as u64)?, stored.path(), counters)
 }
 

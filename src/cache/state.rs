@@ -61,10 +61,23 @@ impl Flight {
     }
 }
 
-/// What fetches units.
-pub(super) type Work = Box<dyn FnOnce() + Send>;
+/// What brings units.
+pub(super) enum Work {
+    /// Asks the store, which may hang.
+    Fetch(Box<dyn FnOnce() + Send>),
+    /// Unpacks what has come.
+    Unpack(Box<dyn FnOnce() + Send>),
+}
 
-/// Units whose fetching has not begun, as nobody waits for them; none any more once it has.
+impl Work {
+    pub(super) fn run(self) {
+        match self {
+            Work::Fetch(work) | Work::Unpack(work) => work(),
+        }
+    }
+}
+
+/// Units for which nothing is done yet, as nobody waits for them; none any more once it has begun.
 #[derive(Clone)]
 pub(super) struct Queued(Arc<Mutex<Option<Work>>>);
 
@@ -82,6 +95,11 @@ impl Queued {
     /// What is to be done, for one who does it.
     pub(super) fn take(&self) -> Option<Work> {
         lock(&self.0).take()
+    }
+
+    /// The same, for one who is not to unpack anything where `unpack` is false.
+    fn take_now(&self, unpack: bool) -> Option<Work> {
+        lock(&self.0).take_if(|work| unpack || matches!(work, Work::Fetch(_)))
     }
 
     fn is_waiting(&self) -> bool {
@@ -187,10 +205,14 @@ impl State {
         self.queued.push((units, work));
     }
 
-    /// What is queued and brings some of `wanted`, which now somebody waits for.
-    pub(super) fn hasten(&mut self, wanted: &Range<usize>) -> Vec<Work> {
+    /// What is queued and brings some of `wanted`, which now somebody waits for: one who may unpack it where `unpack`.
+    pub(super) fn hasten(&mut self, wanted: &Range<usize>, unpack: bool) -> Vec<Work> {
         let concerns = |units: &Range<usize>| units.start < wanted.end && wanted.start < units.end;
-        self.queued.iter().filter(|(units, _)| concerns(units)).filter_map(|(_, queued)| queued.take()).collect()
+        self.queued
+            .iter()
+            .filter(|(units, _)| concerns(units))
+            .filter_map(|(_, queued)| queued.take_now(unpack))
+            .collect()
     }
 
     /// Notes that something came of the flight that has unit `at`.

@@ -127,9 +127,8 @@ impl Counters {
         let [passed, cached, direct] = self.opens.each_ref().map(number);
         let (major, minor) = self.kernel.get().copied().unwrap_or_default().min(SPOKEN);
         let open = ("open large files", passthrough.handles(), HANDLES as u64);
-        let files = tree.cache().map(|cache| cache.files());
-        let files = files.map(|(held, most)| ("open cached files", held, most));
-        let memories = tree.memories().into_iter().chain([open]).chain(files);
+        let in_cache = tree.cache().into_iter().flat_map(|cache| cache.memories());
+        let memories = tree.memories().into_iter().chain([open]).chain(in_cache);
         let memories = memories.map(|(name, held, most)| (name.to_string(), Memory { held, most }));
         let why_not = passthrough.why_not();
         let stats = Stats {

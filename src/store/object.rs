@@ -25,8 +25,8 @@ use crate::error::{Error, IoContext, Kind, Result};
 const PAGE: u64 = 4096;
 /// Bytes of a document, a catalog or a summary at most, unpacked: they are read as a whole.
 pub(super) const DOCUMENT_MAX: u64 = 256 << 20;
-/// Chunks of a request at most, however well they are compressed: somebody waits for them to be unpacked.
-pub(crate) const REQUEST_MAX: u64 = 32;
+/// Chunks of a request at most, however well they are compressed: they take memory until they are unpacked.
+pub(crate) const REQUEST_MAX: u64 = 128;
 
 /// Where in the store objects of one sort are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
