@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use flights::{Answered, Flights};
-pub(crate) use pool::{AHEAD, BYTES};
+pub(crate) use pool::{AHEAD, BYTES, UNPACK};
 pub use pool::{Pool, THREADS_MAX};
 
 use crate::error::{Error, Kind, Result};

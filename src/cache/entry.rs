@@ -194,14 +194,21 @@ impl Entry {
             self.set_off(inner, &known, runs, &Order::of(&wanted));
             return Err(patience::would_wait());
         }
+        let begun = Instant::now();
         state.expect(wanted.clone());
+        let runs = state.ask(wanted.clone());
         drop(state);
+        let mut asked = !runs.is_empty();
+        self.set_off(inner, &known, runs, &Order::of(&wanted));
         do_now(hastened);
-        let found = self.wait(inner, &known, &wanted);
+        let here = self.find(inner, &known, &mut lock(&self.state), &wanted);
+        asked |= here.is_none();
+        let found = here.map_or_else(|| self.wait(inner, &known, &wanted, begun), Ok);
         let mut state = lock(&self.state);
         state.expect_no_more(wanted.clone());
         if found.is_ok() {
-            inner.counters.misses.fetch_add(1, Ordering::Relaxed);
+            let counter = if asked { &inner.counters.misses } else { &inner.counters.hits };
+            counter.fetch_add(1, Ordering::Relaxed);
             let ahead = state.go_on_ahead(&wanted);
             drop(state);
             self.set_off(inner, &known, ahead, &Order::AHEAD);
@@ -209,9 +216,14 @@ impl Entry {
         found
     }
 
-    /// Waits for `wanted` as long as some of it comes.
-    fn wait(self: &Arc<Self>, inner: &Arc<Inner>, known: &Arc<Known>, wanted: &Range<usize>) -> Result<Vec<InMemory>> {
-        let begun = Instant::now();
+    /// Waits for `wanted`, of which nothing has failed since `begun`, as long as some of it comes.
+    fn wait(
+        self: &Arc<Self>,
+        inner: &Arc<Inner>,
+        known: &Arc<Known>,
+        wanted: &Range<usize>,
+        begun: Instant,
+    ) -> Result<Vec<InMemory>> {
         let mut state = lock(&self.state);
         loop {
             if let Some(found) = self.find(inner, known, &mut state, wanted) {
@@ -328,6 +340,10 @@ impl Entry {
 
     /// Has `work` done, which brings `units`, by threads that give way, unless somebody waits for it.
     pub(super) fn queue(&self, units: Range<usize>, work: Work) {
+        let threads = match work {
+            Work::Fetch(_) => &patience::AHEAD,
+            Work::Unpack(_) => &patience::UNPACK,
+        };
         let queued = Queued::new(work);
         let mut state = lock(&self.state);
         if state.is_expected(&units) {
@@ -336,13 +352,17 @@ impl Entry {
         }
         state.queue(units, queued.clone());
         drop(state);
-        let ask = patience::AHEAD.ask({
+        let ask = threads.ask({
             let queued = queued.clone();
             move || queued.take().into_iter().for_each(Work::run)
         });
         if let Err(error) = ask {
-            tracing::debug!(error = error.chain(), "not asked");
-            drop(queued.take());
+            tracing::debug!(error = error.chain(), "not queued");
+            match queued.take() {
+                // What has come is not thrown away.
+                Some(work @ Work::Unpack(_)) => work.run(),
+                work => drop(work),
+            }
         }
     }
 
@@ -433,7 +453,9 @@ impl Order {
 
 /// Does `work`, for which somebody waits, or has it done where it may hang. Not while a state is held: what is not even
 /// asked fails at once.
-fn do_now(work: Vec<Work>) {
+fn do_now(mut work: Vec<Work>) {
+    // It takes a while to unpack, and the store needs not wait for that.
+    work.sort_by_key(|work| matches!(work, Work::Unpack(_)));
     for work in work {
         match work {
             Work::Unpack(unpack) => unpack(),

@@ -49,7 +49,7 @@ pub use privilege::{become_user, ordinary_user};
 pub use process::Program;
 pub use worker::work;
 
-use self::control::Listener;
+use self::control::Name;
 use self::policy::{Death, Next, Policy};
 use self::privilege::Favours;
 pub(super) use self::privilege::{Helper, is_for_now};
@@ -60,8 +60,6 @@ use super::{Ended, attach, mounted_at, table};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::sys;
 
-/// How long a mount waits, before it is ready, for the name under which it is asked.
-const NAMED: Duration = Duration::from_secs(2);
 /// How long a worker may take to write down what it knows once the mount is gone.
 const SETTLES: Duration = Duration::from_secs(20);
 
@@ -140,8 +138,7 @@ struct Mounted {
     /// The kernel sends requests again.
     resend: bool,
     passthrough: bool,
-    /// Where it is asked; see [`Supervisor::listen`].
-    listener: Option<Listener>,
+    name: Name,
 }
 
 /// Mounts, and sees to it that the mount is served until it is taken away: by `umount`, or because SIGTERM or SIGINT
@@ -185,10 +182,11 @@ pub fn supervise(settings: Settings, ready: impl FnOnce()) -> Result<Ended> {
             }
         }
     }
-    supervisor.listen_before(Instant::now() + NAMED);
-    ready();
-    systemd::tell(&format!("READY=1\nSTATUS=serving {}", supervisor.mount_point.display()), &[]);
-    let ended = supervisor.run();
+    let status = format!("READY=1\nSTATUS=serving {}", supervisor.mount_point.display());
+    let ended = supervisor.run(|| {
+        ready();
+        systemd::tell(&status, &[]);
+    });
     systemd::drop_kept();
     ended
 }
@@ -351,13 +349,16 @@ impl Supervisor {
         worker.init(&request, |reply| handshake::differs(&agreed, reply).map_or(Ok(()), Err)).map(drop)
     }
 
-    /// Sees that the mount is served until it is gone.
-    fn run(&mut self) -> Result<Ended> {
+    /// Sees that the mount is served until it is gone; `ready` is called when it can be asked, too, or nearly so.
+    fn run(&mut self, ready: impl FnOnce()) -> Result<Ended> {
+        let mut ready = Some(ready);
         loop {
             if self.is_unmounted() {
                 return self.finish();
             }
-            self.listen();
+            if self.mounted.as_mut().is_some_and(|mounted| mounted.name.take(mounted.about.dev)) {
+                ready.take().into_iter().for_each(|ready| ready());
+            }
             if self.restart.is_some_and(|at| at <= Instant::now())
                 && let Err(error) = self.go_on()
             {
@@ -378,9 +379,10 @@ impl Supervisor {
 
     /// Waits until there is something to do.
     fn wait(&self) -> Result<()> {
-        let listener = self.mounted.as_ref().and_then(|mounted| mounted.listener.as_ref());
-        let name = listener.is_none().then(|| Instant::now() + control::ASKS_FOR_NAME);
-        let next = [self.restart, self.worker.as_ref().map(|worker| self.next_look(worker)), name];
+        let name = self.mounted.as_ref().map(|mounted| &mounted.name);
+        let listener = name.and_then(|name| name.listener.as_ref());
+        let worker = self.worker.as_ref().map(|worker| self.next_look(worker));
+        let next = [self.restart, worker, name.and_then(Name::next)];
         let next = next.into_iter().flatten().min();
         let mut all: Vec<BorrowedFd<'_>> = vec![self.wakes.child.as_fd(), self.wakes.leave.as_fd()];
         all.extend(self.worker.as_ref().map(|worker| worker.socket.as_fd()));
@@ -397,7 +399,7 @@ impl Supervisor {
     /// Waits for what serves a mount that is gone.
     fn finish(&mut self) -> Result<Ended> {
         // The next mount may have its device number already.
-        self.mounted.iter_mut().for_each(|mounted| mounted.listener = None);
+        self.mounted.iter_mut().for_each(|mounted| mounted.name.listener = None);
         if let Some(worker) = &mut self.worker {
             let end = Instant::now() + SETTLES;
             while worker.ended().is_none() && Instant::now() < end {
@@ -543,7 +545,7 @@ impl Mounted {
             about,
             resend: handshake::has_resend(reply),
             passthrough: handshake::has_passthrough(reply),
-            listener: None,
+            name: Name::new(),
         }
     }
 }

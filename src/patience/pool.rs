@@ -13,12 +13,12 @@ use crate::sys;
 const WAITERS_MAX: usize = 1024;
 /// Threads that ask the store: as many calls may hang before others wait for one to end.
 const STORE_THREADS_MAX: usize = 128;
-/// Threads that bring what nobody waits for yet.
+/// Threads that bring what nobody waits for yet, and as many that unpack it.
 const AHEAD_THREADS: usize = 4;
 /// Questions that may queue for those; what comes then is not waited for at all.
 const QUEUE_MAX: usize = 4096;
 /// Threads of all of these at most.
-pub const THREADS_MAX: usize = WAITERS_MAX + 2 * STORE_THREADS_MAX + AHEAD_THREADS;
+pub const THREADS_MAX: usize = WAITERS_MAX + 2 * STORE_THREADS_MAX + 2 * AHEAD_THREADS;
 /// They have small stacks: what they do is not deep, and there may be many.
 const STACK: usize = 512 << 10;
 /// How long an idle thread stays.
@@ -85,6 +85,9 @@ pub(crate) static BYTES: StoreThreads = StoreThreads::new("fetch", STORE_THREADS
 
 /// For bytes that nobody waits for yet: few, and they give way to all others.
 pub(crate) static AHEAD: StoreThreads = StoreThreads::new("fetch-ahead", AHEAD_THREADS, sys::give_way);
+
+/// For bytes that have come and that nobody waits for yet: these never hang, whatever becomes of the store.
+pub(crate) static UNPACK: StoreThreads = StoreThreads::new("unpack", AHEAD_THREADS, sys::give_way);
 
 /// Counts a question out, whatever became of it.
 struct Asked(&'static StoreThreads);

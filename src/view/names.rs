@@ -512,7 +512,10 @@ impl Names {
         };
         // It is asked for anyway, and so costs nothing as the one that is looked at.
         if found.as_ref().is_some_and(|env| env.listed) {
-            lock(&self.witness).insert(name.workflow().into(), name.clone());
+            let mut witnesses = lock(&self.witness);
+            if witnesses.get(name.workflow()) != Some(name) {
+                witnesses.insert(name.workflow().into(), name.clone());
+            }
         }
         Ok(found)
     }

@@ -29,8 +29,10 @@ use crate::mount::table::{self, MountInfo};
 
 /// How long who has connected may take to say what it wants.
 const SPEAKS: Duration = Duration::from_secs(1);
-/// How often who supervises asks for a name that another process has.
-pub(super) const ASKS_FOR_NAME: Duration = Duration::from_millis(250);
+/// How long a mount waits, before it is ready, for the name under which it is asked.
+const NAMED: Duration = Duration::from_secs(2);
+/// How often it asks for the name until then, and afterwards.
+const ASKS_FOR_NAME: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(250)];
 /// How long a supervisor may take to answer that starts no worker.
 const ANSWERS: Duration = Duration::from_secs(5);
 /// How long it may take to start one, three times what a worker may take.
@@ -136,38 +138,61 @@ impl AsFd for Listener {
     }
 }
 
-impl Supervisor {
-    /// Takes the name under which the mount is asked, if it has not got it and the name is free.
-    pub(super) fn listen(&mut self) {
-        let Some(mounted) = self.mounted.as_mut().filter(|mounted| mounted.listener.is_none()) else { return };
-        mounted.listener = Listener::bind(mounted.about.dev).ok();
+/// The name under which a mount is asked, as soon as it is free.
+#[derive(Debug)]
+pub(super) struct Name {
+    pub(super) listener: Option<Listener>,
+    since: Instant,
+    told: bool,
+}
+
+impl Name {
+    pub(super) fn new() -> Name {
+        Name { listener: None, since: Instant::now(), told: false }
     }
 
-    /// The same, and waits for the name.
-    pub(super) fn listen_before(&mut self, end: Instant) {
-        let pause = Duration::from_millis(5);
-        loop {
-            self.listen();
-            let Some(mounted) = self.mounted.as_ref().filter(|mounted| mounted.listener.is_none()) else { return };
-            if Instant::now() >= end {
-                let (major, minor) = mounted.about.dev;
-                tracing::warn!(
-                    name = format!("@envfabric-mount-{major}:{minor}"),
-                    "another process has the socket under which this mount is told what to do; it asks for it again \
-                     until it is free"
-                );
-                return;
-            }
-            let leave = super::wire::wait_for(&[self.wakes.leave.as_fd()], Some(Instant::now() + pause));
-            if leave.is_ok_and(|leave| leave.contains(&true)) || self.is_unmounted() {
-                return;
-            }
+    /// Takes the name of the mount `dev`, if it has not got it; true when it has, or when that takes too long.
+    pub(super) fn take(&mut self, dev: (u32, u32)) -> bool {
+        if self.listener.is_some() {
+            return true;
         }
+        let error = match Listener::bind(dev) {
+            Ok(listener) => {
+                if self.told {
+                    tracing::info!("the mount can be asked now");
+                }
+                self.listener = Some(listener);
+                return true;
+            }
+            Err(error) => error,
+        };
+        let late = self.since.elapsed() >= NAMED;
+        if late && !self.told {
+            let name = format!("@envfabric-mount-{}:{}", dev.0, dev.1);
+            match error.kind() {
+                io::ErrorKind::AddrInUse => tracing::warn!(
+                    name,
+                    "another process has the socket under which this mount is told what to do; it is asked for again \
+                     until it is free"
+                ),
+                _ => tracing::warn!(name, %error, "nobody can ask this mount for another worker yet"),
+            }
+            self.told = true;
+        }
+        late
     }
 
+    /// When to try to take it, if it has not got it.
+    pub(super) fn next(&self) -> Option<Instant> {
+        let pause = ASKS_FOR_NAME[usize::from(self.told)];
+        self.listener.is_none().then(|| Instant::now() + pause)
+    }
+}
+
+impl Supervisor {
     /// Answers who asks, if somebody does.
     pub(super) fn answer(&mut self) {
-        let Some(listener) = self.mounted.as_ref().and_then(|mounted| mounted.listener.as_ref()) else { return };
+        let Some(listener) = self.mounted.as_ref().and_then(|mounted| mounted.name.listener.as_ref()) else { return };
         let readable = super::wire::wait_for(&[listener.as_fd()], Some(Instant::now()));
         if !readable.is_ok_and(|readable| readable.contains(&true)) {
             return;
