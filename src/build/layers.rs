@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::Request;
 use super::bytecode::{self, Job};
@@ -14,7 +15,7 @@ use super::progress::{Event, PackageState, Step};
 use super::record;
 use super::stage::{Distribution, Found, Stage, left_out};
 use crate::environment::lock::strip_credentials;
-use crate::error::{IoContext, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::store::{LayerDoc, LayerKind, LayerMeta, LayerWriter, Staged, StagedKind, Store};
 
 /// Byte-compiles `distributions` (unless `request` says not to) and writes a layer each, in the same order.
@@ -27,7 +28,6 @@ pub(super) fn write(
     let with_bytecode = request.bytecode;
     let writer = if request.rebuild { LayerWriter::repairing(store) } else { LayerWriter::new(store) };
     let out_root = stage.scratch.join("bytecode");
-    let mut compiled = BTreeMap::new();
     let mut jobs: Vec<(usize, Job)> = Vec::new();
     if with_bytecode {
         stage.progress.event(&Event::Step(Step::Compiling));
@@ -35,9 +35,18 @@ pub(super) fn write(
             let planned = plan(stage, number, distribution, &out_root);
             jobs.extend(planned.into_iter().map(|job| (number, Job { group: number, ..job })));
         }
-        let plain: Vec<Job> = jobs.iter().map(|(_, job)| job.clone()).collect();
-        compiled = bytecode::compile(stage.executable, stage.python, &plain, stage.scratch, stage.progress)?;
     }
+    let plain: Vec<Job> = jobs.iter().map(|(_, job)| job.clone()).collect();
+    let threads = storing_threads();
+    let (large, compiled) = std::thread::scope(|scope| {
+        let large = std::thread::Builder::new().name("large files".into());
+        let store = || storing(&threads, || writer.store_large(&sources(&distributions)));
+        let large = large.spawn_scoped(scope, store).at("starting", "a thread");
+        let compiled = bytecode::compile(stage.executable, stage.python, &plain, stage.scratch, stage.progress);
+        (large.map(|large| large.join()), compiled)
+    });
+    let broken_off = |_| Err(Error::new(Kind::Failed, "storing the large files broke off"));
+    let (large, compiled) = (large?.unwrap_or_else(broken_off)?, compiled?);
     let mut pycs: Vec<Vec<Staged>> = distributions.iter().map(|_| Vec::new()).collect();
     for (number, dir) in jobs.iter().map(|(n, job)| (*n, &job.out)).collect::<std::collections::BTreeSet<_>>() {
         let below = dir.strip_prefix(out_root.join(number.to_string())).unwrap_or(dir);
@@ -45,20 +54,46 @@ pub(super) fn write(
     }
     stage.progress.event(&Event::Step(Step::Storing));
     let work: Vec<(Distribution, Vec<Staged>)> = distributions.into_iter().zip(pycs).collect();
-    work.into_par_iter()
-        .map(|(distribution, pycs)| {
-            let label = format!("{} {}", distribution.metadata.name, distribution.metadata.version);
-            let meta = meta(stage, &distribution, &compiled, with_bytecode);
-            let name = meta.name.clone();
-            let mut staged = stage_files(&distribution)?;
-            staged.extend(pycs);
-            let doc = writer
-                .write(meta, staged)
-                .map_err(|e| e.context(format!("the layer of {label} could not be written")))?;
-            stage.progress.event(&Event::Package { name: &name, state: PackageState::Stored });
-            Ok(doc)
-        })
-        .collect()
+    let store = |(distribution, pycs): (Distribution, Vec<Staged>)| {
+        let label = format!("{} {}", distribution.metadata.name, distribution.metadata.version);
+        let meta = meta(stage, &distribution, &compiled, with_bytecode);
+        let name = meta.name.clone();
+        let mut staged = stage_files(&distribution)?;
+        staged.extend(pycs);
+        let doc = writer
+            .write_with(meta, staged, Some(&large))
+            .map_err(|e| e.context(format!("the layer of {label} could not be written")))?;
+        stage.progress.event(&Event::Package { name: &name, state: PackageState::Stored });
+        Ok(doc)
+    };
+    storing(&threads, || work.into_par_iter().map(store).collect())
+}
+
+/// More threads than there are processors: a store may be far away, and each object is waited for. None where they cannot
+/// be started.
+fn storing_threads() -> Option<ThreadPool> {
+    let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
+    ThreadPoolBuilder::new().num_threads(processors + 4).build().ok()
+}
+
+/// Does `work` by those threads, or else by those that there are.
+fn storing<R: Send>(threads: &Option<ThreadPool>, work: impl FnOnce() -> R + Send) -> R {
+    match threads {
+        Some(threads) => threads.install(work),
+        None => work(),
+    }
+}
+
+/// The files of `distributions` that are stored as they lie there.
+fn sources(distributions: &[Distribution]) -> Vec<PathBuf> {
+    let files = |distribution: &Distribution| -> Vec<PathBuf> {
+        let rewritten = rewritten(distribution);
+        let is_stored =
+            |(path, found): &(&Vec<u8>, &Found)| matches!(found, Found::File { .. }) && !rewritten.contains(path);
+        let files = distribution.files.iter().filter(is_stored);
+        files.map(|(path, _)| distribution.root.join(OsStr::from_bytes(path))).collect()
+    };
+    distributions.iter().flat_map(files).collect()
 }
 
 /// The files of `distribution` to compile: sources below site-packages.
@@ -128,9 +163,13 @@ fn meta(
     }
 }
 
+/// What is not stored as it lies there.
+fn rewritten(distribution: &Distribution) -> [Vec<u8>; 2] {
+    ["RECORD", "direct_url.json"].map(|name| format!("{}/{name}", distribution.dist_info).into_bytes())
+}
+
 fn stage_files(distribution: &Distribution) -> Result<Vec<Staged>> {
-    let record_path = format!("{}/RECORD", distribution.dist_info).into_bytes();
-    let direct_url = format!("{}/direct_url.json", distribution.dist_info).into_bytes();
+    let [record_path, direct_url] = rewritten(distribution);
     let site_packages = distribution.dist_info.rsplit_once('/').map_or("", |(parent, _)| parent);
     let text = |source: &PathBuf| {
         fs::read(source).at("reading", source).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())

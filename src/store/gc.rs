@@ -530,12 +530,19 @@ impl Store {
 }
 
 /// A moment, by a clock that goes on while the machine or the process sleeps.
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct BootTime(Duration);
 
 impl BootTime {
     pub(crate) fn now() -> BootTime {
         use nix::time::{ClockId, clock_gettime};
         BootTime(clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default())
+    }
+
+    /// Before everything.
+    #[cfg(test)]
+    pub(super) fn first() -> BootTime {
+        BootTime(Duration::ZERO)
     }
 
     pub(crate) fn elapsed(&self) -> Duration {

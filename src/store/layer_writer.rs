@@ -2,21 +2,23 @@
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::PathBuf;
 
 use rayon::prelude::*;
 use rusqlite::{Connection, MAIN_DB};
 
-use super::catalog::{CATALOG_FORMAT, PATH_LENGTH_MAX, SCHEMA};
+use super::catalog::{CATALOG_FORMAT, SCHEMA};
 use super::chunks::{CHUNK_SIZE, ChunkHasher, Chunks};
 use super::hot::is_hot;
+use super::large_files::LargeFiles;
 use super::layer::{Canon, LayerDoc, LayerMeta, SMALL_FILE_MAX};
 use super::object::{DOCUMENT_MAX, Object, ObjectWriter, Room};
 use super::publish::{self, Trust, hash_chunks};
-use super::row::{Node, Place, is_component};
+use super::row::{Node, Place};
 use super::spine::{SpineText, TEXT_MAX, is_text, spine};
+use super::staged::{Staged, StagedKind, complete_tree, invalid};
 use super::{BootTime, FRESH, LayerKind, Store, to_json};
 use crate::environment::Digest;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -24,46 +26,11 @@ use crate::error::{Error, IoContext, Kind, Result};
 /// First bytes of a pack, so that `file` and people can tell what it is.
 pub(super) const PACK_MAGIC: &[u8; 16] = b"envfabric-pack1\n";
 
-/// One thing that goes into a layer.
-#[derive(Debug, Clone)]
-pub struct Staged {
-    /// Where, relative to the layer's root, components joined by `/`.
-    pub path: Vec<u8>,
-    /// What.
-    pub kind: StagedKind,
-}
-
-/// What goes into a layer.
-#[derive(Debug, Clone)]
-pub enum StagedKind {
-    /// A directory; needed only where it would be empty, as parents come by themselves.
-    Dir,
-    /// A file with the bytes of the file `source`.
-    File {
-        /// Read while the layer is written; must not change meanwhile.
-        source: PathBuf,
-        /// Mode 0755 instead of 0644.
-        executable: bool,
-    },
-    /// A file with these bytes.
-    Bytes {
-        /// The bytes.
-        content: Vec<u8>,
-        /// Mode 0755 instead of 0644.
-        executable: bool,
-    },
-    /// A symbolic link.
-    Symlink {
-        /// What it points to, as it is.
-        target: Vec<u8>,
-    },
-}
-
 /// Writes layers into one store.
 #[derive(Debug, Clone, Copy)]
 pub struct LayerWriter<'a> {
-    store: &'a Store,
-    trust: Trust,
+    pub(super) store: &'a Store,
+    pub(super) trust: Trust,
 }
 
 /// A file with its digest, before it has a place.
@@ -94,6 +61,8 @@ struct Prepared {
     /// Of a file that has more than one.
     chunks: Option<Chunks>,
     content: Option<Content>,
+    /// Its object was written before.
+    stored: bool,
 }
 
 impl<'a> LayerWriter<'a> {
@@ -115,10 +84,19 @@ impl<'a> LayerWriter<'a> {
     /// # Errors
     /// [`Kind::Invalid`] for a path with `..`, an empty or over-long component, or two things at one path.
     pub fn write(&self, meta: LayerMeta, staged: Vec<Staged>) -> Result<LayerDoc> {
+        self.write_with(meta, staged, None)
+    }
+
+    /// The same, with files some of which are stored already.
+    ///
+    /// # Errors
+    /// As [`LayerWriter::write`].
+    pub fn write_with(&self, meta: LayerMeta, staged: Vec<Staged>, large: Option<&LargeFiles>) -> Result<LayerDoc> {
         self.store.require_writable()?;
+        let mut begun = large.map_or_else(BootTime::now, |large| large.begun);
         let tree = complete_tree(staged)?;
-        let mut rows: Vec<(Vec<u8>, Prepared)> =
-            tree.into_par_iter().map(|(path, kind)| prepare(&path, kind).map(|p| (path, p))).collect::<Result<_>>()?;
+        let prepare = |(path, kind): (Vec<u8>, _)| prepare(&path, kind, large).map(|prepared| (path, prepared));
+        let mut rows: Vec<(Vec<u8>, Prepared)> = tree.into_par_iter().map(prepare).collect::<Result<_>>()?;
         rows.sort_by(|a, b| by_component(&a.0, &b.0));
         count_subdirs(&mut rows);
 
@@ -140,9 +118,10 @@ impl<'a> LayerWriter<'a> {
 
         // As often as a collector may end what this one has looked for while it slept: hardly once.
         for _ in 0..3 {
-            let begun = BootTime::now();
             let doc = self.write_objects(&digest, meta.clone(), &mut rows)?;
             if begun.elapsed() > FRESH && !self.store.are_in_place(&doc)? {
+                rows.iter_mut().for_each(|(_, row)| row.stored = false);
+                begun = BootTime::now();
                 continue;
             }
             let path = self.store.layer_path(&digest);
@@ -235,7 +214,11 @@ impl<'a> LayerWriter<'a> {
             .filter_map(|(_, row)| {
                 let (Node::File { digest, .. }, Some(content)) = (&row.node, &row.content) else { return None };
                 let done = match content {
-                    Content::File(source) => self.store.ensure_file(Room::Blobs, source, digest, self.trust),
+                    _ if row.stored => Ok(()),
+                    Content::File(source) => {
+                        let chunks = row.chunks.clone().unwrap_or_else(|| Chunks::single(*digest));
+                        self.store.ensure_file(Room::Blobs, source, &(*digest, chunks), self.trust)
+                    }
                     Content::Bytes(bytes) => self.store.ensure_bytes(Room::Blobs, bytes, digest, self.trust),
                 };
                 Some(done.map(|()| *digest))
@@ -302,66 +285,31 @@ fn by_component(a: &[u8], b: &[u8]) -> Ordering {
     a.split(|c| *c == b'/').cmp(b.split(|c| *c == b'/'))
 }
 
-fn invalid(path: &[u8], what: &str) -> Error {
-    Error::new(Kind::Invalid, format!("{:?} {what}", String::from_utf8_lossy(path)))
-}
-
-/// Checks every path and adds the root and missing parents.
-fn complete_tree(staged: Vec<Staged>) -> Result<BTreeMap<Vec<u8>, StagedKind>> {
-    let mut tree: BTreeMap<Vec<u8>, StagedKind> = BTreeMap::new();
-    tree.insert(Vec::new(), StagedKind::Dir);
-    for Staged { path, kind } in staged {
-        if !path.split(|b| *b == b'/').all(is_component) {
-            return Err(invalid(&path, "is not an acceptable path in a layer"));
-        }
-        if path.len() > PATH_LENGTH_MAX {
-            return Err(invalid(&path, &format!("is longer than {PATH_LENGTH_MAX} bytes")));
-        }
-        match tree.get(&path) {
-            None => {}
-            Some(StagedKind::Dir) if matches!(kind, StagedKind::Dir) => continue,
-            Some(_) => return Err(invalid(&path, "is there twice")),
-        }
-        tree.insert(path, kind);
-    }
-    let paths: Vec<Vec<u8>> = tree.keys().cloned().collect();
-    for path in paths {
-        let mut rest = path.as_slice();
-        while let Some(at) = rest.iter().rposition(|b| *b == b'/') {
-            rest = &rest[..at];
-            match tree.get(rest) {
-                Some(StagedKind::Dir) => break,
-                Some(_) => {
-                    return Err(invalid(
-                        &path,
-                        &format!("is below {:?}, which is no directory", String::from_utf8_lossy(rest)),
-                    ));
-                }
-                None => tree.insert(rest.to_vec(), StagedKind::Dir),
-            };
-        }
-    }
-    Ok(tree)
-}
-
-fn prepare(path: &[u8], kind: StagedKind) -> Result<Prepared> {
+fn prepare(path: &[u8], kind: StagedKind, large: Option<&LargeFiles>) -> Result<Prepared> {
     let file = |size: u64, executable: bool, (digest, chunks): (Digest, Chunks), content: Content| Prepared {
         node: Node::File { size, executable, digest, place: Place::Blob },
         chunks: Some(chunks).filter(|_| size > CHUNK_SIZE),
         content: Some(content),
+        stored: false,
     };
     Ok(match kind {
-        StagedKind::Dir => Prepared { node: Node::Dir { subdirs: 0 }, chunks: None, content: None },
+        StagedKind::Dir => Prepared { node: Node::Dir { subdirs: 0 }, chunks: None, content: None, stored: false },
         StagedKind::Symlink { target } => {
             if target.is_empty() || target.len() >= 4096 || target.contains(&0) {
                 return Err(invalid(path, "is a symbolic link with a bad target"));
             }
-            Prepared { node: Node::Symlink { target }, chunks: None, content: None }
+            Prepared { node: Node::Symlink { target }, chunks: None, content: None, stored: false }
         }
         StagedKind::Bytes { content, executable } => {
             file(content.len() as u64, executable, hash_bytes(&content), Content::Bytes(content))
         }
         StagedKind::File { source, executable } => {
+            if let Some((size, digests)) = large.and_then(|large| large.get(&source)) {
+                return Ok(Prepared {
+                    stored: true,
+                    ..file(*size, executable, digests.clone(), Content::File(source))
+                });
+            }
             let size = fs::symlink_metadata(&source).at("reading", &source)?.len();
             // Small files are read again for the pack: a layer may have many times more of them than there is memory.
             let (size, digests) = if size <= SMALL_FILE_MAX {
@@ -375,7 +323,7 @@ fn prepare(path: &[u8], kind: StagedKind) -> Result<Prepared> {
     })
 }
 
-fn hash_bytes(bytes: &[u8]) -> (Digest, Chunks) {
+pub(super) fn hash_bytes(bytes: &[u8]) -> (Digest, Chunks) {
     match bytes.len() as u64 {
         // The chunk is the file: hashed once.
         0..=CHUNK_SIZE => {
@@ -484,9 +432,10 @@ fn claims<'p>(paths: impl Iterator<Item = &'p [u8]>) -> Vec<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::store::LayerKind;
+    use std::collections::BTreeMap;
 
     pub(crate) fn meta(name: &str) -> LayerMeta {
         LayerMeta {

@@ -18,7 +18,7 @@ use std::time::SystemTime;
 use super::Store;
 use super::chunks::{CHUNK_SIZE, ChunkHasher, Chunks};
 use super::disk::{self, Writing};
-use crate::environment::{Digest, Hasher};
+use crate::environment::Digest;
 use crate::error::{Error, IoContext, Kind, Result};
 
 /// 32 random hex digits.
@@ -288,43 +288,31 @@ pub(super) enum Trust {
 /// Length of a file, its sha256 and those of its chunks.
 pub(super) fn hash_chunks(path: &Path) -> Result<(u64, (Digest, Chunks))> {
     let mut file = File::open(path).at("opening", path)?;
-    if file.metadata().at("reading", path)?.len() <= CHUNK_SIZE {
-        let (size, digest) = copy_hashing(&mut file, path, |_| Ok(()))?;
-        return Ok((size, (digest, Chunks::single(digest))));
-    }
     let mut hasher = ChunkHasher::default();
-    let size = read_through(&mut file, path, |bytes| {
+    let mut size = 0;
+    read_through(&mut file, path, CHUNK_SIZE, |bytes| {
         hasher.update(bytes);
+        size += bytes.len() as u64;
         Ok(())
     })?;
     Ok((size, hasher.finish()))
 }
 
-/// Hands everything in `input` (the file at `path`) to `take`, piece by piece; returns its length and sha256.
-pub(super) fn copy_hashing(
+/// Hands everything in `input` (the file at `path`) to `take`, in pieces of `piece` bytes; the last may be shorter.
+pub(super) fn read_through(
     input: &mut File,
     path: &Path,
+    piece: u64,
     mut take: impl FnMut(&[u8]) -> Result<()>,
-) -> Result<(u64, Digest)> {
-    let mut hasher = Hasher::default();
-    let size = read_through(input, path, |bytes| {
-        hasher.update(bytes);
-        take(bytes)
-    })?;
-    Ok((size, hasher.finish()))
-}
-
-/// Hands everything in `input` (the file at `path`) to `take`, piece by piece; returns its length.
-fn read_through(input: &mut File, path: &Path, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<u64> {
-    let mut buffer = vec![0u8; 1 << 20];
-    let mut size = 0;
+) -> Result<()> {
+    let mut buffer = Vec::with_capacity(piece as usize);
     loop {
-        let n = input.read(&mut buffer).at("reading", path)?;
-        if n == 0 {
-            return Ok(size);
+        buffer.clear();
+        Read::by_ref(input).take(piece).read_to_end(&mut buffer).at("reading", path)?;
+        if buffer.is_empty() {
+            return Ok(());
         }
-        take(&buffer[..n])?;
-        size += n as u64;
+        take(&buffer)?;
     }
 }
 
