@@ -349,8 +349,8 @@ impl Store {
     pub(crate) fn is_signed_enough(&self, version: &Version) -> bool {
         let Some(signer) = self.signer() else { return true };
         match self.signature(&version.environment, version.number, self.trust()) {
-            Ok(Some(Signature::Trusted { .. })) => true,
-            Ok(Some(Signature::UnknownKey { key })) => key == signer,
+            // Whoever changes keys publishes once more.
+            Ok(Some(Signature::Trusted { key } | Signature::UnknownKey { key })) => key == signer,
             _ => false,
         }
     }
@@ -521,5 +521,21 @@ mod tests {
         plain.rollback(&names[1], 1).unwrap();
         assert_eq!(signing.ensure_newest(&names[1], 8).unwrap_err().kind(), Kind::Rejected);
         assert_eq!(signing.point_again(&names[2]).unwrap_err().kind(), Kind::Rejected);
+    }
+
+    #[test]
+    fn who_changes_keys_publishes_once_more_whether_the_old_one_is_still_trusted_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let plain = Store::init(dir.path()).unwrap();
+        let key = |n: u8| SecretKey::new(&[n; 32], "").unwrap();
+        let draft = super::super::environments::tests::draft("w/n");
+        let version = plain.clone().signing_with(key(1)).publish_version(draft).unwrap().version().clone();
+        for trusted in [vec![1], vec![2], vec![1, 2]] {
+            let public = trusted.into_iter().map(|n| key(n).public()).collect();
+            let trusting = plain.clone().trusting(TrustedKeys::new(public, None, &plain).unwrap());
+            let enough = [1, 2].map(|n| trusting.clone().signing_with(key(n)).is_signed_enough(&version));
+            assert_eq!(enough, [true, false]);
+            assert!(trusting.is_signed_enough(&version), "who signs nothing");
+        }
     }
 }
