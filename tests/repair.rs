@@ -113,6 +113,35 @@ fn a_version_that_cannot_be_read_is_put_aside_and_its_number_stays_used() {
 }
 
 #[test]
+fn who_has_a_damaged_pointer_is_told_which_versions_there_are_and_names_one() {
+    let fixture = Fixture::with(Codec::Zstd);
+    (0..3).for_each(|_| drop(publish(&fixture, "demo/a")));
+    fixture.store.rollback(&fixture.name("demo/a"), 2).unwrap();
+    let pointers = fixture.store.root().join("envs/demo/a/current");
+    let newest = fs::read_dir(&pointers).unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
+    flip(&newest);
+    let run = |args: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_envfabric"));
+        command.arg("--store").arg(fixture.store.root()).args(args).env("HOME", fixture.place("home"));
+        let output = command.env_remove("ENVFABRIC_CONFIG").output().unwrap();
+        let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
+        (output.status.code(), said.concat())
+    };
+    let hint = "envfabric rollback demo/a N";
+    let (code, said) = run(&["versions", "demo/a"]);
+    let numbers = said.lines().filter(|line| line.trim_start().starts_with(['1', '2', '3'])).count();
+    assert!(code == Some(1) && numbers == 3 && said.contains(hint), "{said}");
+    let (code, said) = run(&["fsck"]);
+    assert!(code == Some(1) && said.contains(hint) && said.contains("(there are 1, 2, 3)"), "{said}");
+    for verb in ["show", "rollback", "remove"] {
+        let (code, said) = run(&[verb, "demo/a"]);
+        assert!(code == Some(1) && said.contains(hint), "{said}");
+    }
+    assert_eq!(run(&["rollback", "demo/a", "3"]), (Some(0), "demo/a is at version 3 now\n".into()));
+    assert_eq!(findings(&fixture.store), 0);
+}
+
+#[test]
 fn an_index_is_built_again_from_the_store() {
     let fixture = Fixture::new();
     let store = &fixture.store;

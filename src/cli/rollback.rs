@@ -24,7 +24,10 @@ impl Rollback {
         let name = &self.environment;
         let (current, number) = match self.version {
             // Named explicitly: goes over a damaged pointer too.
-            Some(number) => (store.pointer(name).ok().flatten().and_then(|p| p.version), number),
+            Some(number) => match store.pointer(name) {
+                Ok(pointer) => (Some(pointer.and_then(|p| p.version)), number),
+                Err(_) => (None, number),
+            },
             None => {
                 let current = store.pointer(name)?.and_then(|p| p.version);
                 let before = match current {
@@ -37,13 +40,14 @@ impl Rollback {
                     None => Error::new(Kind::NotFound, format!("there is no environment {name}"))
                         .hint("see `envfabric list`"),
                 })?;
-                (current, number)
+                (Some(current), number)
             }
         };
         let pointer = store.rollback(name, number)?;
         context.out.result(&pointer, |w| match current {
-            Some(before) => writeln!(w, "{name} is at version {number} now (was {before})"),
-            None => writeln!(w, "{name} is back, at version {number}"),
+            Some(Some(before)) => writeln!(w, "{name} is at version {number} now (was {before})"),
+            Some(None) => writeln!(w, "{name} is back, at version {number}"),
+            None => writeln!(w, "{name} is at version {number} now"),
         })?;
         Ok(ExitCode::SUCCESS)
     }

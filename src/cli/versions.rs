@@ -41,7 +41,12 @@ impl Versions {
             return Err(Error::new(Kind::NotFound, format!("there is no environment {}", self.environment))
                 .hint("see `envfabric list`"));
         }
-        let current = store.pointer(&self.environment)?.and_then(|p| p.version);
+        let pointer = match store.pointer(&self.environment) {
+            // The versions are there all the same, and one of them is to be named.
+            Err(error) if error.kind() == Kind::Corrupt => Err(error),
+            pointer => Ok(pointer?),
+        };
+        let current = pointer.as_ref().ok().cloned().flatten().and_then(|p| p.version);
         let lines: Vec<Line> = numbers
             .into_iter()
             .map(|number| {
@@ -85,6 +90,7 @@ impl Versions {
                 )
             )
         })?;
+        pointer?;
         if current.is_none() {
             context.out.say(format_args!("{0} was removed; bring it back: envfabric rollback {0}", self.environment));
         }

@@ -225,15 +225,13 @@ impl Store {
     pub(super) fn read_pointer(&self, name: &EnvName, sequence: u64) -> Result<Pointer> {
         let path = self.pointer_path(name, sequence);
         let bytes = publish::read(&path)?;
-        let pointer: Pointer = parse(&path, &bytes)?;
+        let pointer: Pointer = parse(&path, &bytes).map_err(|e| e.hint(which(name)))?;
         let wrong = |kind, what: &str| Err(Error::new(kind, format!("pointer {} {what}", path.display())));
         if pointer.format > 1 {
             return wrong(Kind::Unsupported, "is of a newer format").map_err(|e| e.hint("upgrade envfabric"));
         }
         if pointer.sequence != sequence || pointer.version.is_some_and(|v| v > pointer.newest || v == 0) {
-            return wrong(Kind::Corrupt, "contradicts itself").map_err(|e| {
-                e.hint(format!("name the version that should be current: `envfabric rollback {name} N`"))
-            });
+            return wrong(Kind::Corrupt, "contradicts itself").map_err(|e| e.hint(which(name)));
         }
         self.admit_pointer(name, sequence, &bytes)?;
         Ok(pointer)
@@ -404,6 +402,11 @@ fn numbers_if_there(dir: &Path) -> Result<Option<Vec<u64>>> {
     let mut numbers: Vec<u64> = names.iter().filter_map(number).collect();
     numbers.sort_unstable();
     Ok(Some(numbers))
+}
+
+/// What is to be done where it cannot be told which version of `name` is current.
+pub(super) fn which(name: &EnvName) -> String {
+    format!("name the version that should be current: `envfabric rollback {name} N`; `envfabric versions {name}`")
 }
 
 /// The name of this host.

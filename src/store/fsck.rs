@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::environments::which;
 use super::layer_writer::PACK_MAGIC;
 use super::object::{Object, ObjectFile, Room};
 use super::trash::Below;
@@ -292,12 +293,21 @@ impl Store {
                             !numbers.contains(number) && self.version(&name, *number).is_err_and(|e| e.is_not_found())
                         };
                         if let Some(number) = pointer.version.filter(is_missing) {
-                            report
-                                .findings
-                                .push(error(name.to_string(), format!("current version {number} is missing")));
+                            report.findings.push(error(
+                                name.to_string(),
+                                format!(
+                                    "current version {number} is missing: create it again, or name another: \
+                                         `envfabric rollback {name} N`"
+                                ),
+                            ));
                         }
                     }
                     Ok(None) => report.findings.push(note(name.to_string(), "was never finished".into())),
+                    Err(e) if e.kind() == Kind::Corrupt => {
+                        let all: Vec<String> = numbers.iter().map(u64::to_string).collect();
+                        let what = format!("{}: {} (there are {})", e.chain(), which(&name), all.join(", "));
+                        report.findings.push(error(name.to_string(), what));
+                    }
                     Err(e) => report.findings.push(error(name.to_string(), e.chain())),
                 }
                 for number in numbers {
