@@ -93,6 +93,8 @@ enum Live {
     Yes,
     /// It has some, and none is to be listed.
     No,
+    /// It has some, and what they are cannot be told of some.
+    Unknown,
     /// It never had any.
     Never,
 }
@@ -478,6 +480,7 @@ impl Names {
         if nodes.is_empty() {
             return Ok(Live::Never);
         }
+        let mut live = Live::No;
         for node in nodes {
             // Not asked on its behalf: it may be another that somebody is on the way to.
             if self.is_listed(workflow, &node, age, false)? {
@@ -485,8 +488,11 @@ impl Names {
                 lock(&self.witness).insert(workflow.into(), name);
                 return Ok(Live::Yes);
             }
+            if EnvName::new(workflow, &node).is_ok_and(|name| lock(&self.unreadable).contains(&name)) {
+                live = Live::Unknown;
+            }
         }
-        Ok(Live::No)
+        Ok(live)
     }
 
     /// True when directory `workflow` is to be found.
@@ -495,7 +501,10 @@ impl Names {
             return Ok(draft.environment.workflow() == workflow);
         }
         let listed = self.has_listed_node(workflow, Age::Fresh, true);
-        if matches!(listed, Ok(Live::Yes)) || lock(&self.used).iter().any(|name| name.workflow() == workflow) {
+        // One that is damaged or refused must not look as if it had never been there.
+        if matches!(listed, Ok(Live::Yes | Live::Unknown))
+            || lock(&self.used).iter().any(|name| name.workflow() == workflow)
+        {
             return Ok(true);
         }
         // What was known already may be older than a version that has come since.
