@@ -15,7 +15,7 @@ use super::progress::Shown;
 use super::spec::name;
 use crate::build::{self, Input, Outcome, Request, Uv};
 use crate::environment::{EnvName, Version};
-use crate::error::{IoContext, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::mount;
 use crate::store::LayerDoc;
 
@@ -98,6 +98,11 @@ struct Done<'a> {
 impl Create {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
         let begun = Instant::now();
+        let is_empty = self.requirements.is_empty() && self.files.is_empty();
+        if is_empty && self.project.is_none() && self.lock.is_none() {
+            return Err(Error::new(Kind::Usage, format!("it is not said what {} is to have", self.environment))
+                .hint("name packages, -r FILE, --lock FILE or --project DIR; with nothing in it: -r /dev/null"));
+        }
         let standard_input = self.standard_input()?;
         let store = context.store_or_default()?;
         let index = Arc::new(context.index(&store)?);
