@@ -898,6 +898,9 @@ fn verbs_tell_who_has_signed_what_and_a_config_file_names_the_keys() {
         code == 1 && told.contains("shows what anybody has written") && told.contains("envfabric umount"),
         "{told}"
     );
+    // Nor is it taken for the one that was asked for.
+    let (code, _, told) = run(&["mount", mount]);
+    assert!(code == 1 && told.contains("shows what anybody has written"), "{told}");
     assert_eq!(ran(program(&home, &store).args(["umount", mount])).0, 0);
     let (code, out, _) = run(&["key", "forget", "demo/a", "demo/z"]);
     assert_eq!((code, out.as_str()), (0, "forgotten: demo/a\nnothing was known of demo/z\n"));
@@ -909,17 +912,26 @@ fn who_takes_over_a_mount_trusts_the_keys_that_it_was_given() {
     let _alone = alone();
     let signed = Signed::new(Codec::Raw);
     signed.publish(&signed.store(), "demo/b", signed.fixture.packages());
+    signed.publish(&signed.store(), "alone/c", vec![]);
     let home = signed.fixture.place("home");
     let store = signed.fixture.store.root().to_path_buf();
     let mount = signed.fixture.place("mount");
     let at = mount.to_str().unwrap();
-    let trust = format!("--trust-key={}", key(OURS).public());
+    let [trust, other] = [OURS, THEIRS].map(|n| format!("--trust-key={}", key(n).public()));
     let run = |args: &[&str]| ran(program(&home, &store).args(args));
     assert_eq!(run(&["mount", &trust, at]).0, 0);
     let path = mount.join("demo/a/.venv").join(SITE).join("gamma/data/big.bin");
     let open = fs::File::open(&path).unwrap();
     let refused = || fs::metadata(mount.join("demo/b/.versions/2")).unwrap_err().raw_os_error();
     assert_eq!(refused(), Some(libc::EKEYREJECTED));
+    // Also where there is nothing else in the workflow.
+    let alone = |below: &str| fs::metadata(mount.join("alone/c").join(below)).unwrap_err().raw_os_error();
+    assert_eq!([alone(""), alone(".versions/1")], [Some(libc::EKEYREJECTED); 2]);
+    // The kernel keeps what it was shown, so another trust needs another mount.
+    for other in [vec!["mount", "--replace", at], vec!["mount", "--replace", &other, at]] {
+        let (code, _, told) = run(&other);
+        assert!(code == 1 && told.contains("made with other trusted keys") && told.contains("umount"), "{told}");
+    }
     let (code, out, told) = run(&["mount", "--replace", &trust, at]);
     assert_eq!(code, 0, "{out}{told}");
     let stats = envfabric::mount::stats(&mount).unwrap();

@@ -372,6 +372,31 @@ fn a_file_that_was_passed_through_is_let_go_of_by_whoever_serves_then() {
 }
 
 #[test]
+fn a_mount_whose_supervisor_was_killed_is_served_and_everybody_who_asks_is_told() {
+    needs_mounts!();
+    let fixture = Fixture::new();
+    fixture.publish("demo/a", fixture.packages());
+    let mount = Supervised::start(&fixture, "m", &[], &[]);
+    mount.signal(Signal::SIGKILL);
+    mount.child.lock().unwrap().wait().unwrap();
+    let told = || envfabric::mount::stats(&mount.dir).unwrap().supervised.unwrap().supervisor;
+    until("it is written down", || told() == 0);
+    let small = mount.dir.join("demo/a/.venv").join(SITE).join("gamma/data/small.bin");
+    assert_eq!(fs::read(small).unwrap(), noise(5_000, 301));
+    let said = |args: &[&str]| {
+        let output = mount.command(Path::new(PROGRAM)).args(args).arg(&mount.dir).output().unwrap();
+        [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat()
+    };
+    assert!(said(&["stats"]).contains("gone: the mount ends with the process that serves it"));
+    let replaced = mount.replace(Path::new(PROGRAM), &[]);
+    assert!(!replaced.status.success());
+    assert!(String::from_utf8_lossy(&replaced.stderr).contains("it is gone: envfabric umount"), "{replaced:?}");
+    let doctor = mount.command(Path::new(PROGRAM)).arg("doctor").env("ENVFABRIC_MOUNT", &mount.dir).output().unwrap();
+    assert!(String::from_utf8_lossy(&doctor.stdout).contains("its supervisor is gone"), "{doctor:?}");
+    until("nobody uses it", || umount(&mount.dir, false).is_ok());
+}
+
+#[test]
 fn what_was_removed_stays_for_who_uses_it_when_another_worker_serves() {
     needs_mounts!();
     let fixture = Fixture::new();

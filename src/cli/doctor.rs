@@ -340,6 +340,12 @@ fn mounted(at: &Path, store: Option<&Store>, given_up: Option<String>) -> Check 
                 Check::new(NAME, state, format!("{}; {}", found.display(), supervision(&status)))
                     .fact("supervision", facts)
             }
+            _ if mount::stats(&found).is_ok_and(|stats| stats.supervised.is_some_and(|by| by.supervisor == 0)) => {
+                Check::new(NAME, State::Bad, format!("{}: its supervisor is gone", found.display())).hint(format!(
+                    "it ends with the process that serves it: envfabric umount {0}; envfabric mount {0}",
+                    found.display()
+                ))
+            }
             _ => Check::new(NAME, State::Ok, found.display().to_string()),
         },
         Ok(_) => Check::new("mount", State::Note, format!("{} is not mounted", at.display()))

@@ -1,9 +1,11 @@
 //! `envfabric mount` and `envfabric umount`
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -14,7 +16,7 @@ use jiff::SignedDuration;
 use super::Context;
 use super::cache::CacheFlags;
 use super::daemon::start_daemon;
-use crate::environment::Digest;
+use crate::environment::{Digest, PublicKey};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::mount::supervisor::{self, Program};
 use crate::mount::{self, Ended, Options};
@@ -54,7 +56,7 @@ pub(crate) struct Mount {
     #[arg(long, conflicts_with = "foreground")]
     replace: bool,
     /// Replace the process that serves when it has not answered for so long [default: 60s]
-    #[arg(long, value_name = "TIME", value_parser = super::cache::time)]
+    #[arg(long, value_name = "TIME", value_parser = watchdog)]
     watchdog: Option<SignedDuration>,
     /// Give the mount up when so many processes in a row have failed to serve it (0: never) [default: 10]
     #[arg(long, value_name = "N")]
@@ -78,6 +80,17 @@ const WATCHDOG: Duration = Duration::from_secs(60);
 /// So many failures in a row are followed by another start.
 const RESTARTS: u32 = 10;
 
+/// A shorter one would end processes that are well.
+const WATCHDOG_LEAST: SignedDuration = SignedDuration::from_secs(1);
+
+fn watchdog(text: &str) -> std::result::Result<SignedDuration, String> {
+    let time = super::cache::time(text)?;
+    match time < WATCHDOG_LEAST {
+        true => Err("a process that is well may take a second to answer: write 1s or more".into()),
+        false => Ok(time),
+    }
+}
+
 impl Mount {
     pub(crate) fn run(&self, context: &Context) -> Result<ExitCode> {
         let dir = self.dir.clone().unwrap_or_else(|| context.settings.mount.clone());
@@ -100,6 +113,10 @@ impl Mount {
         flags.extend(self.restarts.map(|n| format!("--restarts={n}")));
         flags.extend(self.no_resend.then(|| "--no-resend".into()));
         let log = start_daemon(context, &dir, &flags)?;
+        if log.is_none() {
+            super::signing::believes_no_others(&dir, &context.store()?)?;
+            self.require_served_by(&dir)?;
+        }
         let store = &context.settings.store;
         let value = serde_json::json!({
             "mount": dir.to_string_lossy(),
@@ -162,6 +179,16 @@ impl Mount {
         }
     }
 
+    /// Fails where another user than is wanted serves `dir`.
+    fn require_served_by(&self, dir: &Path) -> Result<()> {
+        let (Some(user), Some(serves)) = (&self.user, served_by(dir)?) else { return Ok(()) };
+        if serves == supervisor::ordinary_user(user)?.uid.as_raw() {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Failed, format!("the mount at {} is served by user {serves}", dir.display()))
+            .hint(format!("envfabric mount --replace --user {user} {}", dir.display())))
+    }
+
     /// What serves, as its supervisor says.
     fn work(&self, context: &Context, dir: &Path) -> Result<ExitCode> {
         // Before anything of the store or the cache is opened.
@@ -170,6 +197,8 @@ impl Mount {
         }
         sys::few_heaps(1);
         sys::lean_databases();
+        // It was started from an open file, after whose number the kernel has called it.
+        let _ = nix::sys::prctl::set_name(c"envfabric");
         // Its own, as nobody else reads it.
         let control = std::io::stdin().as_fd().try_clone_to_owned().at("listening to", "the supervisor")?;
         supervisor::work(control, self.user.is_some(), || self.open(context, dir))?;
@@ -225,7 +254,22 @@ impl Mount {
 
     /// Puts this program and these flags in the place of what serves `dir`.
     fn replace(&self, context: &Context, dir: &Path) -> Result<ExitCode> {
+        // One that does not answer is to be replaced all the same.
+        if let Ok(stats) = mount::stats(dir) {
+            let ours = context.settings.keys.trusted()?.iter().map(PublicKey::text).collect::<BTreeSet<_>>();
+            if ours != stats.trusted_keys.into_iter().collect() {
+                let what = format!("the mount at {} was made with other trusted keys", dir.display());
+                return Err(Error::new(Kind::Rejected, what).hint(format!(
+                    "the kernel keeps what it was shown, so mount anew: envfabric umount {0}; envfabric mount {0}",
+                    dir.display()
+                )));
+            }
+        }
+        let before = served_by(dir).ok().flatten();
         let status = supervisor::replace(dir, self.program(context, dir)?.with_settings())?;
+        if let (None, Some(before)) = (&self.user, before.filter(|uid| *uid != nix::unistd::geteuid().as_raw())) {
+            context.out.say(format_args!("it is served with privilege now, and was by user {before}: see --user"));
+        }
         let value = serde_json::json!({ "mount": dir.to_string_lossy(), "replaced": true, "supervision": status });
         context.out.result(&value, |w| {
             let version = status.worker_version.as_deref().unwrap_or("?");
@@ -254,6 +298,12 @@ impl Mount {
             }
         }
     }
+}
+
+/// The user whose process serves `dir`, where that can be seen.
+fn served_by(dir: &Path) -> Result<Option<u32>> {
+    let process = format!("/proc/{}", mount::stats(dir)?.pid);
+    Ok(std::fs::metadata(process).ok().map(|process| process.uid()))
 }
 
 /// Where it is written down why the mount at `dir` was given up.

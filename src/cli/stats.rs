@@ -67,7 +67,11 @@ fn print(stats: &mount::Stats, w: &mut dyn Write) -> io::Result<()> {
             (deaths, 0) => format!(", {deaths} ended before"),
             (deaths, poisoned) => format!(", {deaths} ended before, {poisoned} requests given up"),
         };
-        ("supervisor", format!("{}, has started {} to serve{ended}", by.supervisor, by.workers))
+        let who = match by.supervisor {
+            0 => "gone: the mount ends with the process that serves it; unmount it, and mount again".to_string(),
+            pid => format!("{pid}, has started {} to serve{ended}", by.workers),
+        };
+        ("supervisor", who)
     });
     let facts = facts.into_iter().chain(supervised).chain(hangs).chain(keys);
     let facts = facts.map(|(name, text)| vec![name.into(), text]).collect();

@@ -228,7 +228,7 @@ pub struct Stats {
 /// The supervisor of a mount, and what has become of the processes that served it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Supervised {
-    /// Its process.
+    /// Its process; 0 when it is gone, and the mount ends with the process that serves it.
     pub supervisor: u32,
     /// Processes that were started to serve.
     pub workers: u64,

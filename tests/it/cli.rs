@@ -61,6 +61,8 @@ fn wrong_usage_is_exit_code_2_and_says_what_to_write() {
         (vec!["create", "noslash", "six"], "WORKFLOW/NODE"),
         (vec!["create", "../x/y", "six"], "name"),
         (vec!["create", "a/b", "six", "--lock", "x", "--project", "y"], "cannot be used with"),
+        (vec!["create", "a/b"], "-r /dev/null"),
+        (vec!["mount", "--watchdog", "1ms"], "1s or more"),
         (vec!["show", "a/b@zero"], "version number"),
         (vec!["rollback", "a/b", "-1"], "-1"),
         (vec!["gc", "--keep", "0"], "1.."),

@@ -265,10 +265,14 @@ pub fn replace(dir: &Path, program: Program) -> Result<Status> {
             .hint(format!("mount it: envfabric mount {shown}")));
     };
     let Some(asked) = asked(&mount).at("asking the supervisor of", dir)? else {
-        return Err(Error::new(Kind::Failed, format!("the mount at {shown} has no supervisor that could be asked"))
-            .hint(
+        let error = Error::new(Kind::Failed, format!("the mount at {shown} has no supervisor that could be asked"));
+        let told = crate::mount::stats(dir).ok().and_then(|stats| stats.supervised);
+        return Err(match told.is_some_and(|by| by.supervisor == 0) {
+            true => error.hint(format!("it is gone: envfabric umount {shown}; envfabric mount {shown}")),
+            false => error.hint(
                 "ask as the user who mounted it or as root, on the machine and in the network namespace of the mount",
-            ));
+            ),
+        });
     };
     let question = Question::Replace { args: program.args, env: program.env };
     match ask(&asked, dir, &question, &[program.exe.as_fd()], REPLACES)? {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::super::kept::{self, Kept};
+use super::super::kept::{self, Kept, Number};
 use super::super::{Options, Ready, Running, Served, Tenure, attach, ready, settle};
 use super::privilege::Helper;
 use super::wire::{Came, Failure, FromWorker, Socket, ToWorker};
@@ -174,7 +174,12 @@ fn serve(control: &Arc<Socket>, work: Work, orders: &Orders, dev: (u32, u32), de
     ready.begin(at.clone(), notifier)?;
     let ready = Arc::new(ready);
     let (heard, hears, helper) = (control.clone(), ready.clone(), orders.helper.clone());
-    let listen = move || listen(&heard, &hears, helper.as_deref());
+    let kept = orders.kept.clone();
+    let listen = move || {
+        let supervisor = kept.get(Number::Supervisor);
+        listen(&heard, &hears, helper.as_deref());
+        note_gone(&kept, supervisor);
+    };
     std::thread::Builder::new().name("control".into()).spawn(listen).at("serving", &at.path)?;
     let asked = control.clone();
     let asked = move || take_signals(signals, &asked, &at);
@@ -208,6 +213,21 @@ fn take_signals(mut signals: Signals, control: &Socket, at: &Mountpoint) {
             tracing::warn!(mount_point = %at.path.display(), "unmounting without a supervisor");
             let _ = attach::detach(&at.path, true);
         }
+    }
+}
+
+/// Writes down that the supervisor is gone, unless it is there and has let go of this worker alone, or another has taken
+/// its place.
+fn note_gone(kept: &Kept, supervisor: u64) {
+    // What a process has open goes a little before the process.
+    for _ in 0..100 {
+        if nix::unistd::getppid().as_raw() as u64 != supervisor {
+            if kept.get(Number::Supervisor) == supervisor {
+                kept.set(Number::Supervisor, 0);
+            }
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
