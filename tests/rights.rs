@@ -10,7 +10,7 @@ mod supervised;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -291,6 +291,28 @@ fn a_supervisor_that_has_no_time_keeps_nobody_waiting_and_what_is_to_be_let_go_o
     until("nobody has them any more", || full.saturating_sub(held.used()) >= Held::BYTES as u64 * 2);
     held.mount.umount();
     drop(held.fixture);
+}
+
+#[test]
+fn who_mounts_again_or_replaces_is_told_when_another_user_serves_than_was_asked_for() {
+    needs_mounts!();
+    let fixture = fixture(Codec::Raw);
+    fixture.publish("demo/a", fixture.packages());
+    let mount = Supervised::start(&fixture, "m", &[&format!("--user={USER}")], &[]);
+    let run = |flags: &[&str]| {
+        let output =
+            mount.command(Path::new(PROGRAM)).arg("mount").args(flags).arg(&mount.dir).stdin(Stdio::null()).output();
+        let output = output.unwrap();
+        (output.status.code(), said(&output))
+    };
+    let already = format!("already mounted at {}\n", mount.dir.display());
+    assert_eq!(run(&["--user", USER]), (Some(0), already.clone()));
+    let (code, told) = run(&["--replace"]);
+    assert!(code == Some(0) && told.contains(&format!("was by user {USER_ID}")), "{told}");
+    let (code, told) = run(&["--user", USER]);
+    assert!(code == Some(1) && told.contains("is served by user 0") && told.contains("--replace --user"), "{told}");
+    assert_eq!(run(&[]), (Some(0), already));
+    mount.umount();
 }
 
 #[test]

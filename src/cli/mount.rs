@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -181,7 +180,8 @@ impl Mount {
 
     /// Fails where another user than is wanted serves `dir`.
     fn require_served_by(&self, dir: &Path) -> Result<()> {
-        let (Some(user), Some(serves)) = (&self.user, served_by(dir)?) else { return Ok(()) };
+        let Some(user) = &self.user else { return Ok(()) };
+        let Some(serves) = user_of(mount::stats(dir)?.pid) else { return Ok(()) };
         if serves == supervisor::ordinary_user(user)?.uid.as_raw() {
             return Ok(());
         }
@@ -255,9 +255,10 @@ impl Mount {
     /// Puts this program and these flags in the place of what serves `dir`.
     fn replace(&self, context: &Context, dir: &Path) -> Result<ExitCode> {
         // One that does not answer is to be replaced all the same.
-        if let Ok(stats) = mount::stats(dir) {
+        let stats = mount::stats(dir).ok();
+        if let Some(stats) = &stats {
             let ours = context.settings.keys.trusted()?.iter().map(PublicKey::text).collect::<BTreeSet<_>>();
-            if ours != stats.trusted_keys.into_iter().collect() {
+            if ours != stats.trusted_keys.iter().cloned().collect() {
                 let what = format!("the mount at {} was made with other trusted keys", dir.display());
                 return Err(Error::new(Kind::Rejected, what).hint(format!(
                     "the kernel keeps what it was shown, so mount anew: envfabric umount {0}; envfabric mount {0}",
@@ -265,7 +266,7 @@ impl Mount {
                 )));
             }
         }
-        let before = served_by(dir).ok().flatten();
+        let before = stats.and_then(|stats| user_of(stats.pid));
         let status = supervisor::replace(dir, self.program(context, dir)?.with_settings())?;
         if let (None, Some(before)) = (&self.user, before.filter(|uid| *uid != nix::unistd::geteuid().as_raw())) {
             context.out.say(format_args!("it is served with privilege now, and was by user {before}: see --user"));
@@ -300,10 +301,12 @@ impl Mount {
     }
 }
 
-/// The user whose process serves `dir`, where that can be seen.
-fn served_by(dir: &Path) -> Result<Option<u32>> {
-    let process = format!("/proc/{}", mount::stats(dir)?.pid);
-    Ok(std::fs::metadata(process).ok().map(|process| process.uid()))
+/// Whose process `pid` is, where that can be seen.
+fn user_of(pid: u32) -> Option<u32> {
+    // The directory is root's where a process has given privilege up.
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let users = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    users.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// Where it is written down why the mount at `dir` was given up.

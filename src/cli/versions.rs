@@ -51,6 +51,8 @@ impl Versions {
             .into_iter()
             .map(|number| {
                 let version = store.version(&self.environment, number);
+                // Of one that cannot be read it cannot be told, either.
+                let signature = version.is_ok().then(|| store.signature(&self.environment, number, trust.as_ref()));
                 let (version, error) = match version {
                     Ok(version) => (Some(version), None),
                     Err(error) => (None, Some(error.chain())),
@@ -62,7 +64,7 @@ impl Versions {
                     python: version.as_ref().map(|v| v.interpreter.version.clone()),
                     packages: version.as_ref().map(|v| v.layers.len()),
                     host: version.map(|v| v.builder.host),
-                    signature: store.signature(&self.environment, number, trust.as_ref()).ok().flatten(),
+                    signature: signature.and_then(Result::ok).flatten(),
                     error,
                 }
             })
