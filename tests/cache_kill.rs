@@ -14,7 +14,6 @@ use std::thread;
 
 use common::*;
 use envfabric::cache::{Cache, Options, Whole};
-use envfabric::mount::supervisor::status;
 use envfabric::mount::{stats, umount};
 use envfabric::store::{Chunks, Object, Room};
 use nix::sys::signal::{Signal, kill};
@@ -50,7 +49,7 @@ impl Program {
 
     /// Kills who serves and who would replace it.
     fn kill(&mut self) {
-        let worker = status(&self.mount_point).ok().flatten().and_then(|status| status.worker);
+        let worker = stats(&self.mount_point).ok().map(|stats| stats.pid);
         let _ = self.child.kill();
         self.child.wait().unwrap();
         if let Some(worker) = worker {

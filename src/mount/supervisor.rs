@@ -540,12 +540,15 @@ impl Supervisor {
 
 impl Mounted {
     fn new(device: OwnedFd, about: About, reply: &[u8]) -> Mounted {
+        // Before it is served, so that whoever sees it can ask, unless the name is another's still.
+        let mut name = Name::new();
+        name.take(about.dev);
         Mounted {
             device,
             about,
             resend: handshake::has_resend(reply),
             passthrough: handshake::has_passthrough(reply),
-            name: Name::new(),
+            name,
         }
     }
 }
