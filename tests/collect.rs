@@ -512,7 +512,7 @@ fn a_creator_looks_for_what_its_summaries_name_too() {
     let summaries = store.ensure_summaries(index, &all, false).unwrap();
     let docs = index.layers(store, &all).unwrap();
     let bundles: BTreeSet<_> = docs.iter().filter_map(|doc| Some(doc.bundle?.object())).collect();
-    assert_eq!(bundles.len(), 1);
+    assert_eq!(bundles.len(), 2);
     let draft = envfabric::environment::Version { summaries, ..draft };
     store.require_whole(&draft, &bundles).unwrap();
     fs::remove_file(store.object_path(bundles.first().unwrap())).unwrap();

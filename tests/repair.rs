@@ -9,8 +9,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::*;
-use envfabric::environment::{Digest, Version};
-use envfabric::store::{Codec, GcOptions, Index, Store};
+use envfabric::environment::{Digest, Summary, Version};
+use envfabric::store::{Codec, GcOptions, Index, LayerDoc, Store, documents};
 
 /// Replaces the file at `path`, which is read-only.
 fn replace(path: &Path, bytes: &[u8]) {
@@ -29,7 +29,11 @@ fn flip(path: &Path) -> Vec<u8> {
 
 /// A version with a summary and its bundle, as `create` makes it.
 fn publish(fixture: &Fixture, name: &str) -> Version {
-    let draft = fixture.draft(name, fixture.packages());
+    publish_of(fixture, name, fixture.packages())
+}
+
+fn publish_of(fixture: &Fixture, name: &str, layers: Vec<Digest>) -> Version {
+    let draft = fixture.draft(name, layers);
     let all: Vec<Digest> = [fixture.python, fixture.scaffold].into_iter().chain(draft.layers.clone()).collect();
     let summaries = fixture.store.ensure_summaries(&fixture.index, &all, false).unwrap();
     fixture.store.publish_version(Version { summaries, ..draft }).unwrap().version().clone()
@@ -65,32 +69,79 @@ fn what_nobody_needs_is_moved_and_what_can_still_be_read_in_part_stays() {
     assert!(store.repair_documents(&report).unwrap().moved.is_empty());
 }
 
+/// Damages the summary of `version` and its bundles, one by one and all, and sees them come back.
+fn is_made_again(store: &Store, version: &Version) {
+    let summary = store.blob_path(&version.summaries[0].blob);
+    let [base, packages] = bundles(store, &version.summaries[0]).map(|bundle| store.catalog_path(&bundle));
+    for paths in [vec![&summary], vec![&base], vec![&packages], vec![&summary, &base, &packages]] {
+        let good: Vec<Vec<u8>> = paths.iter().map(|path| flip(path)).collect();
+        assert!(findings(store) > 0);
+        let report = store.fsck(&|_, _| {}).unwrap();
+        assert!(report.damaged_layers().is_empty());
+        assert!(store.repair_documents(&report).unwrap().made_again > 0);
+        assert_eq!(findings(store), 0);
+        for (path, good) in paths.iter().zip(good) {
+            assert_eq!(fs::read(path).unwrap(), good);
+        }
+        for path in paths {
+            fs::remove_file(path).unwrap();
+        }
+        store.repair_documents(&store.fsck(&|_, _| {}).unwrap()).unwrap();
+        assert_eq!(findings(store), 0);
+    }
+}
+
+fn told(store: &Store, summary: &Summary) -> Vec<LayerDoc> {
+    documents(&store.read_blob(&summary.blob).unwrap()).unwrap()
+}
+
+/// The bundle of the interpreter, and that of packages.
+fn bundles(store: &Store, summary: &Summary) -> [Digest; 2] {
+    let docs = told(store, summary);
+    let (base, packages) = docs.split_at(2);
+    [base, packages].map(|docs| {
+        let digest = docs[0].bundle.unwrap().digest;
+        assert!(docs.iter().all(|doc| doc.bundle.unwrap().digest == digest));
+        digest
+    })
+}
+
 #[test]
 fn summaries_and_bundles_are_made_again_as_they_were() {
     for codec in [Codec::Raw, Codec::Zstd] {
         let fixture = Fixture::with(codec);
-        let store = &fixture.store;
         let version = publish(&fixture, "demo/a");
-        let summary = store.blob_path(&version.summaries[0].blob);
-        let docs = envfabric::store::documents(&store.read_blob(&version.summaries[0].blob).unwrap()).unwrap();
-        let bundle = store.catalog_path(&docs[0].bundle.unwrap().digest);
-        for paths in [vec![&summary], vec![&bundle], vec![&summary, &bundle]] {
-            let good: Vec<Vec<u8>> = paths.iter().map(|path| flip(path)).collect();
-            assert!(findings(store) > 0);
-            let report = store.fsck(&|_, _| {}).unwrap();
-            assert!(report.damaged_layers().is_empty());
-            assert!(store.repair_documents(&report).unwrap().made_again > 0);
-            assert_eq!(findings(store), 0);
-            for (path, good) in paths.iter().zip(good) {
-                assert_eq!(fs::read(path).unwrap(), good);
-            }
-            for path in paths {
-                fs::remove_file(path).unwrap();
-            }
-            store.repair_documents(&store.fsck(&|_, _| {}).unwrap()).unwrap();
-            assert_eq!(findings(store), 0);
-        }
+        is_made_again(&fixture.store, &version);
     }
+}
+
+#[test]
+fn a_summary_that_is_written_anyway_repeats_what_little_is_needed_of_others() {
+    let fixture = Fixture::with(Codec::Zstd);
+    let store = &fixture.store;
+    let new = |name: &str| fixture.layer(name, vec![file(format!("{SITE}/{name}.py"), "")]);
+    let packages = fixture.packages();
+    // The bundle of one catalog would be that catalog.
+    let few = vec![new("one"), new("uno")];
+    let first = publish_of(&fixture, "demo/a", few.clone());
+    let second = publish_of(&fixture, "demo/b", packages.clone());
+    let [summary] = second.summaries[..] else { panic!("{:?}", second.summaries) };
+    assert_ne!(first.summaries, second.summaries);
+    let docs = told(store, &summary);
+    let layers = [&[fixture.python, fixture.scaffold], &packages[..]].concat();
+    assert_eq!(docs.iter().map(|doc| doc.digest).collect::<Vec<_>>(), layers);
+    // Whoever has seen one of the two has the interpreter's catalog.
+    let [ours, theirs] = [&first, &second].map(|version| bundles(store, &version.summaries[0]));
+    assert!(ours[0] == theirs[0] && ours[1] != theirs[1]);
+    is_made_again(store, &second);
+    is_made_again(store, &first);
+    // For little that is new not much is repeated: not the packages.
+    let third = publish_of(&fixture, "demo/b", [&packages[..], &[new("two")]].concat());
+    assert_eq!(third.summaries.len(), 2);
+    assert!(third.summaries.contains(&summary));
+    // What is known is written by nobody, and a small environment names no large summary for the interpreter.
+    assert_eq!(publish_of(&fixture, "demo/a", few).summaries, first.summaries);
+    assert!(second.summaries[0].size > first.summaries[0].size);
 }
 
 #[test]

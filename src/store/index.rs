@@ -259,13 +259,16 @@ impl Index {
         Ok(found)
     }
 
-    /// Notes that the documents of `layers` are in `summary`.
+    /// Notes that the documents of `layers` are in `summary`, except where they are known to be in a smaller one.
     pub(super) fn set_summary(&self, layers: &[Digest], summary: &Summary) -> Result<()> {
         let mut db = self.db();
         let transaction = db.transaction().map_err(|e| self.told(e))?;
         for layer in layers {
             transaction
-                .prepare_cached("UPDATE layer SET summary = ?2, summary_size = ?3 WHERE digest = ?1")
+                .prepare_cached(
+                    "UPDATE layer SET summary = ?2, summary_size = ?3
+                     WHERE digest = ?1 AND (summary IS NULL OR summary_size >= ?3)",
+                )
                 .and_then(|mut update| update.execute((layer.as_bytes(), summary.blob.as_bytes(), summary.size as i64)))
                 .map_err(|e| self.told(e))?;
         }

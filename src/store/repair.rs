@@ -4,6 +4,7 @@
 //! Nothing that can still be read in part is taken away: of a damaged object that a layer needs, only a second name is put
 //! into `quarantine/`, and it is replaced when its bytes are known again. What nobody needs is moved there.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
@@ -13,7 +14,7 @@ use super::gc::Read;
 use super::object::{Object, ObjectFile, Room};
 use super::publish::{self, Trust, make_dirs};
 use super::trash::Below;
-use super::{Bundle, FsckReport, LayerDoc, Store, StoredInterpreter, disk, documents, read_json, summary};
+use super::{FsckReport, LayerDoc, Store, StoredInterpreter, disk, documents, read_json, summary};
 use crate::environment::{Digest, EnvName, Summary, Version};
 use crate::error::{IoContext, Kind, Result};
 
@@ -146,7 +147,7 @@ impl Store {
                 Err(_) => lost.push(told),
                 Ok(docs) => {
                     covered.extend(docs.iter().map(|doc| doc.digest));
-                    made += self.make_bundle_again(&docs)?;
+                    made += self.make_bundles_again(&docs)?;
                 }
             }
         }
@@ -160,28 +161,34 @@ impl Store {
             }
         }
         let docs = rest.iter().map(|layer| self.layer(layer)).collect::<Result<Vec<LayerDoc>>>()?;
-        let (docs, bundle) = self.bundled(&docs)?;
+        let (docs, bundles) = self.bundled(&docs)?;
         let bytes = summary::pack(&docs)?;
         if Digest::of(&bytes) != lost.blob {
             return Ok(made);
         }
-        self.ensure_bytes(Room::Catalogs, &bundle, &Digest::of(&bundle), Trust::Nothing)?;
+        for (digest, bundle) in bundles {
+            self.ensure_bytes(Room::Catalogs, &bundle, &digest, Trust::Nothing)?;
+        }
         self.ensure_bytes(Room::Blobs, &bytes, &lost.blob, Trust::Nothing)?;
         Ok(made + 1)
     }
 
-    /// The bundle that the documents of a summary name, of the catalogs that it repeats.
-    fn make_bundle_again(&self, docs: &[LayerDoc]) -> Result<usize> {
-        let Some(Bundle { digest, size, .. }) = docs.first().and_then(|doc| doc.bundle) else { return Ok(0) };
-        let object = Object { room: Room::Catalogs, digest, size };
-        if self.has_object(&object, Trust::Nothing) {
+    /// The bundles that the documents of a summary name, of the catalogs that they repeat; returns how many were missing.
+    fn make_bundles_again(&self, docs: &[LayerDoc]) -> Result<usize> {
+        let named: HashSet<Object> = docs.iter().filter_map(|doc| Some(doc.bundle?.object())).collect();
+        let lost = |bundle: &Object| !self.has_object(bundle, Trust::Nothing);
+        let lost: Vec<Object> = named.into_iter().filter(lost).collect();
+        if lost.is_empty() {
             return Ok(0);
         }
-        let (_, bytes) = self.bundled(docs)?;
-        if Digest::of(&bytes) != digest {
-            return Ok(0);
+        let (_, mut bundles) = self.bundled(docs)?;
+        let mut made = 0;
+        for bundle in lost {
+            if let Some(bytes) = bundles.remove(&bundle.digest) {
+                self.ensure_bytes(Room::Catalogs, &bytes, &bundle.digest, Trust::Nothing)?;
+                made += 1;
+            }
         }
-        self.ensure_bytes(Room::Catalogs, &bytes, &digest, Trust::Nothing)?;
-        Ok(1)
+        Ok(made)
     }
 }

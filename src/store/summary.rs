@@ -1,18 +1,22 @@
-//! Summaries: the documents of many layers in one blob, and their catalogs in one object.
+//! Summaries: the documents of many layers in one blob, and their catalogs in two objects.
 //!
 //! A node that sees an environment for the first time needs the documents of all of its layers, and the catalogs of those
 //! that are used. A version names the summaries that have them: whoever publishes a version writes one for those of its
 //! layers that are in no summary that it knows, so most versions name one to three, and a version of known layers writes
-//! none.
+//! none. What is written anyway repeats little that is needed of others: each summary costs a node three requests, before
+//! anything can be shown.
+//!
+//! **Bundles.** The catalogs of the interpreter and of what makes a venv of it are in one that most versions share, and
+//! that is small: with it a start begins, while that of the packages is on its way.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io::Read;
 use std::sync::Arc;
 
 use super::chunks::CHUNK_SIZE;
 use super::object::{DOCUMENT_MAX, Object, ObjectFile, Room};
 use super::publish::Trust;
-use super::{Bundle, Index, LayerDoc, Store};
+use super::{Bundle, Index, LayerDoc, LayerKind, Store};
 use crate::environment::{Digest, Summary};
 use crate::error::{Error, Kind, Result};
 
@@ -20,6 +24,12 @@ use crate::error::{Error, Kind, Result};
 const RATIO_MAX: u64 = 64;
 /// The logarithm of what the unpacker keeps at most, in bytes: what the level that summaries are written with uses.
 const WINDOW_LOG_MAX: u32 = 23;
+
+impl From<&Summary> for Object {
+    fn from(summary: &Summary) -> Object {
+        Object { room: Room::Blobs, digest: summary.blob, size: summary.size }
+    }
+}
 
 impl Store {
     /// Makes sure that the documents of all `layers` are in summaries, and returns these, sorted. With `repair`, those
@@ -33,38 +43,48 @@ impl Store {
         let bundle_is_there = |doc: &Arc<LayerDoc>| doc.bundle.is_some_and(|bundle| !lost.contains(&bundle.object()));
         known = known.into_iter().zip(&docs).filter(|(_, doc)| bundle_is_there(doc)).map(|(known, _)| known).collect();
         for summary in known.iter().map(|(_, summary)| *summary).collect::<BTreeSet<_>>() {
-            let object = Object { room: Room::Blobs, digest: summary.blob, size: summary.size };
-            if !self.has_object(&object, trust) {
+            if !self.has_object(&Object::from(&summary), trust) {
                 known.retain(|(_, other)| *other != summary);
             }
         }
         let have: HashSet<Digest> = known.iter().map(|(layer, _)| *layer).collect();
         let missing: Vec<Digest> = layers.iter().filter(|layer| !have.contains(layer)).copied().collect();
         if !missing.is_empty() {
-            let docs = self.bundle(&index.layers(self, &missing)?, trust)?;
+            let repeated = repeated(&known, &index.layers(self, &missing)?, &docs);
+            known.retain(|(_, summary)| !repeated.contains(summary));
+            let have: HashSet<Digest> = known.iter().map(|(layer, _)| *layer).collect();
+            // In the order of `layers`, as who makes the summary again has them.
+            let told: Vec<Digest> = layers.iter().filter(|layer| !have.contains(layer)).copied().collect();
+            let docs = self.bundle(&index.layers(self, &told)?, trust)?;
             let bytes = pack(&docs)?;
             let summary = Summary { blob: Digest::of(&bytes), size: bytes.len() as u64 };
             self.ensure_bytes(Room::Blobs, &bytes, &summary.blob, trust)?;
-            index.learn(&summary, docs)?;
-            known.extend(missing.into_iter().map(|layer| (layer, summary)));
+            missing.iter().try_for_each(|layer| index.forget_summary(layer))?;
+            // What is repeated is still known from where it was.
+            let new = docs.into_iter().filter(|doc| missing.contains(&doc.digest)).collect();
+            index.learn(&summary, new)?;
+            known.extend(told.into_iter().map(|layer| (layer, summary)));
         }
         let summaries: BTreeSet<Summary> = known.into_iter().map(|(_, summary)| summary).collect();
         Ok(summaries.into_iter().collect())
     }
 
-    /// Puts the catalogs of `docs` one after the other into one object; returns the documents, which say where.
+    /// Puts the catalogs of `docs` into bundles; returns the documents, which say where.
     fn bundle(&self, docs: &[Arc<LayerDoc>], trust: Trust) -> Result<Vec<LayerDoc>> {
         let docs: Vec<LayerDoc> = docs.iter().map(|doc| LayerDoc::clone(doc)).collect();
-        let (docs, all) = self.bundled(&docs)?;
-        self.ensure_bytes(Room::Catalogs, &all, &Digest::of(&all), trust)?;
+        let (docs, bundles) = self.bundled(&docs)?;
+        for (digest, all) in bundles {
+            self.ensure_bytes(Room::Catalogs, &all, &digest, trust)?;
+        }
         Ok(docs)
     }
 
-    /// The catalogs of `docs` one after the other, and the documents, which say where in that.
-    pub(super) fn bundled(&self, docs: &[LayerDoc]) -> Result<(Vec<LayerDoc>, Vec<u8>)> {
-        let mut all = Vec::new();
+    /// The documents, which say where in which bundle their catalogs are; and the bundles.
+    pub(super) fn bundled(&self, docs: &[LayerDoc]) -> Result<(Vec<LayerDoc>, HashMap<Digest, Vec<u8>>)> {
+        let mut all = [Vec::new(), Vec::new()];
         let mut starts = Vec::with_capacity(docs.len());
         for doc in docs {
+            let all = &mut all[usize::from(is_package(doc))];
             starts.push(all.len() as u64);
             let bytes = ObjectFile::open(self, &doc.catalog_object())?.read_document()?;
             if Digest::of(&bytes) != doc.catalog {
@@ -76,13 +96,40 @@ impl Store {
             }
             all.extend(bytes);
         }
-        let (digest, size) = (Digest::of(&all), all.len() as u64);
+        let digests = all.each_ref().map(|all| Digest::of(all));
         let bundled = |(doc, at): (&LayerDoc, u64)| {
-            let bundle = Some(Bundle { digest, size, at });
+            let which = usize::from(is_package(doc));
+            let bundle = Some(Bundle { digest: digests[which], size: all[which].len() as u64, at });
             LayerDoc { bundle, ..doc.clone() }
         };
-        Ok((docs.iter().zip(starts).map(bundled).collect(), all))
+        let docs = docs.iter().zip(starts).map(bundled).collect();
+        Ok((docs, digests.into_iter().zip(all).filter(|(_, all)| !all.is_empty()).collect()))
     }
+}
+
+fn is_package(doc: &LayerDoc) -> bool {
+    doc.meta.kind == LayerKind::Wheel
+}
+
+/// Of the summaries in `known`, those of which so little is needed that it is told again beside `new` documents: together
+/// their catalogs of packages are not more than the new ones. `docs` are the documents of what is known.
+fn repeated(known: &[(Digest, Summary)], new: &[Arc<LayerDoc>], docs: &[Arc<LayerDoc>]) -> BTreeSet<Summary> {
+    // The bundle of the others is there already.
+    let size = |doc: &Arc<LayerDoc>| if is_package(doc) { doc.catalog_size } else { 0 };
+    let sizes: HashMap<Digest, u64> = docs.iter().map(|doc| (doc.digest, size(doc))).collect();
+    let mut needed: BTreeMap<Summary, u64> = BTreeMap::new();
+    for (layer, summary) in known {
+        *needed.entry(*summary).or_default() += sizes.get(layer).copied().unwrap_or_default();
+    }
+    let mut needed: Vec<(u64, Summary)> = needed.into_iter().map(|(summary, size)| (size, summary)).collect();
+    needed.sort_unstable();
+    let mut room: u64 = new.iter().map(size).sum();
+    let fits = |(size, _): &(u64, Summary)| {
+        let left = room.checked_sub(*size);
+        room = left.unwrap_or(0);
+        left.is_some()
+    };
+    needed.into_iter().take_while(fits).map(|(_, summary)| summary).collect()
 }
 
 /// The bytes of a summary.

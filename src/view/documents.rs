@@ -24,9 +24,9 @@ impl Tree {
         if self.index.unknown(layers)?.is_empty() {
             return self.index.layers(&self.store, layers).map_err(damaged);
         }
+        ask_for_all(cache, summaries)?;
         for summary in summaries {
-            let object = store::Object { room: store::Room::Blobs, digest: summary.blob, size: summary.size };
-            let learned = cache.document(&object).and_then(|bytes| store::documents(&bytes));
+            let learned = cache.document(&summary.into()).and_then(|bytes| store::documents(&bytes));
             match learned {
                 Ok(docs) => self.index.learn_now(summary, docs)?,
                 Err(error) if error.is_about_waiting() => return Err(error),
@@ -40,4 +40,9 @@ impl Tree {
         }
         patience::within(cache.patience(), move || index.layers(&store, &layers)).map_err(damaged)
     }
+}
+
+/// Asks for `summaries`, which are read one by one, at once; the first is asked for by who waits for it.
+pub(super) fn ask_for_all(cache: &Cache, summaries: &[Summary]) -> Result<()> {
+    summaries.iter().skip(1).try_for_each(|summary| cache.ask_whole(&summary.into()))
 }

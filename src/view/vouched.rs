@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
+use super::documents::ask_for_all;
 use super::*;
 use crate::environment::Summary;
 use crate::store;
@@ -41,13 +42,13 @@ impl Tree {
         if let Ok(docs) = self.vouched.find(layers) {
             return Ok(docs);
         }
+        // Only through a cache is everything compared that is below these documents.
+        let cache = self.cache.as_ref().ok_or_else(|| {
+            Error::new(Kind::Failed, "a tree of signed versions has no cache, and would show what was not compared")
+        })?;
+        ask_for_all(cache, summaries)?;
         for summary in summaries {
-            let object = store::Object { room: store::Room::Blobs, digest: summary.blob, size: summary.size };
-            // Only through a cache is everything compared that is below these documents.
-            let cache = self.cache.as_ref().ok_or_else(|| {
-                Error::new(Kind::Failed, "a tree of signed versions has no cache, and would show what was not compared")
-            })?;
-            let mut docs = store::documents(&cache.document(&object)?)?;
+            let mut docs = store::documents(&cache.document(&summary.into())?)?;
             // A summary may tell of more, which this version does not speak of.
             docs.retain(|doc| layers.contains(&doc.digest));
             self.vouched.learn(docs);
