@@ -11,7 +11,7 @@
 //!   interpreters/<name>.json                 a Python that environments can run on
 //!   envs/<workflow>/<node>/versions/<n>.json immutable version documents
 //!   envs/<workflow>/<node>/current/<seq>.json which version is current; the highest sequence number wins; from 2 on
-//!   envs/<workflow>/<node>/profiles/<n>/<seq>.json what first starts of a version read; nothing needs them
+//!   envs/<workflow>/<node>/profiles/<n>.json what first starts of a version read; nothing needs them
 //!   owners/<workflow>/<seq>.json             whose a workflow is, for mounts
 //!   policy/<seq>.json                        who is to sign versions, for those who publish
 //!   leases/<id>.json                         who uses which versions

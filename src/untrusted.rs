@@ -248,8 +248,8 @@ fn document(place: &Place, trusting: &Store, kind: u8, bytes: &[u8]) {
             let _ = store.policy().map(|policy| policy.map(|policy| policy.public_keys()));
         }
         b'r' => {
-            place.put("envs/demo/a/profiles/1/1.json", bytes);
-            if let Ok(Some((_, profile))) = store.profile(&name, 1) {
+            place.put("envs/demo/a/profiles/1.json", bytes);
+            if let Ok(Some(profile)) = store.profile(&name, 1) {
                 let _ = profile.bytes();
                 let start = Profile::of_start(profile.objects.clone());
                 let _ = profile.merged(start).bytes();

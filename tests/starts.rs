@@ -97,7 +97,7 @@ fn what_a_first_start_reads_is_brought_to_the_next_cold_node_when_python_is_foll
     first.start();
     // It is over when the mount is, if not earlier.
     first.end();
-    let (_, profile) = behind.store().profile(&behind.fixture.name("demo/a"), 1).unwrap().unwrap();
+    let profile = behind.store().profile(&behind.fixture.name("demo/a"), 1).unwrap().unwrap();
     assert_eq!(profile.starts, 1);
     let blob: Vec<_> = profile.objects.iter().filter(|touched| touched.size == 700_000).collect();
     assert_eq!(blob.len(), 1, "beta's and gamma's were not read: {profile:#?}");
@@ -127,8 +127,8 @@ fn what_a_first_start_reads_is_brought_to_the_next_cold_node_when_python_is_foll
         node.start();
         node.end();
     }
-    let (sequence, enough) = behind.store().profile(&behind.fixture.name("demo/a"), 1).unwrap().unwrap();
-    assert!(enough.is_enough() && enough.objects == profile.objects && sequence <= 3, "{sequence} {enough:#?}");
+    let enough = behind.store().profile(&behind.fixture.name("demo/a"), 1).unwrap().unwrap();
+    assert!(enough.is_enough() && enough.objects == profile.objects, "{enough:#?}");
 }
 
 #[test]
@@ -153,7 +153,7 @@ fn what_is_known_of_another_version_serves_the_layers_that_are_the_same() {
     behind.nas.command("heal");
     second.end();
     let own = behind.store().profile(&behind.fixture.name("demo/a"), 2).unwrap();
-    assert_eq!(own.unwrap().1.starts, 1, "it has one of its own now");
+    assert_eq!(own.unwrap().starts, 1, "it has one of its own now");
 }
 
 #[test]
@@ -183,7 +183,7 @@ fn a_profile_that_is_damaged_or_wrong_harms_no_start() {
     node.start();
     node.end();
     let store = behind.fixture.store.root();
-    let path = store.join("envs/demo/a/profiles/1/1.json");
+    let path = store.join("envs/demo/a/profiles/1.json");
     let sound = fs::read_to_string(&path).unwrap();
     let mut profile: serde_json::Value = serde_json::from_str(&sound).unwrap();
     profile.as_object_mut().unwrap().remove("seal");
@@ -198,6 +198,7 @@ fn a_profile_that_is_damaged_or_wrong_harms_no_start() {
         let node = behind.node(&format!("node{n}"));
         node.start();
         node.end();
+        behind.store().profile(&behind.fixture.name("demo/a"), 1).unwrap().expect("it is made anew");
     }
 }
 

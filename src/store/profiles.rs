@@ -1,8 +1,9 @@
 //! Profiles: what of a version its programs touched when they started.
 //!
-//! `envs/<workflow>/<node>/profiles/<n>/<seq>.json`, claimed by linking as pointers are; the highest sequence number has
-//! the union of all before it. Nothing needs them: a profile that is lost or wrong makes a first start slower, or brings
-//! bytes that are not used.
+//! `envs/<workflow>/<node>/profiles/<n>.json`, which the union with another start replaces: of all documents of a store the
+//! only ones that change under their name. Nothing needs them: a profile that is lost or wrong makes a first start slower,
+//! or brings bytes that are not used, and of two starts that are added at the same time one may be lost. A name that can be
+//! told costs a cold node three requests less than a directory to be listed.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -113,45 +114,40 @@ fn joined(mut runs: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
 }
 
 impl Store {
-    fn profiles_dir(&self, name: &EnvName, number: u64) -> PathBuf {
-        self.env_dir(name).join("profiles").join(number.to_string())
+    fn profiles_dir(&self, name: &EnvName) -> PathBuf {
+        self.env_dir(name).join("profiles")
     }
 
-    /// Files of profiles that nobody needs: of versions that are not among `versions`, and those that a later one covers.
+    fn profile_path(&self, name: &EnvName, number: u64) -> PathBuf {
+        self.profiles_dir(name).join(format!("{number}.json"))
+    }
+
+    /// Profiles of versions that are not among `versions`. What others have put beside them is not ours.
     pub(super) fn idle_profiles(&self, name: &EnvName, versions: &[u64]) -> Result<Vec<PathBuf>> {
-        let root = self.env_dir(name).join("profiles");
-        let mut idle = Vec::new();
-        for version in list_names(&root)? {
-            let files = list_names(&root.join(&version))?;
-            let sequence = |file: &String| file.strip_suffix(".json")?.parse::<u64>().ok();
-            let newest = files.iter().filter_map(sequence).max();
-            let needed = version.parse().is_ok_and(|number| versions.contains(&number));
-            let is_idle = |file: &&String| !needed || sequence(file).is_some() && sequence(file) != newest;
-            idle.extend(files.iter().filter(is_idle).map(|file| root.join(&version).join(file)));
-        }
-        Ok(idle)
+        let is_idle = |file: &String| number_of(file).is_some_and(|number| !versions.contains(&number));
+        let dir = self.profiles_dir(name);
+        Ok(list_names(&dir)?.into_iter().filter(is_idle).map(|file| dir.join(file)).collect())
     }
 
-    /// What is known of the starts of a version, with its sequence number.
-    pub fn profile(&self, name: &EnvName, number: u64) -> Result<Option<(u64, Profile)>> {
-        let dir = self.profiles_dir(name, number);
-        let numbers = list_names(&dir)?;
-        let numbers = numbers.iter().filter_map(|name| name.strip_suffix(".json")?.parse::<u64>().ok());
-        let Some(sequence) = numbers.max() else { return Ok(None) };
-        let profile: Profile = read_json(&dir.join(format!("{sequence}.json")))?;
+    /// What is known of the starts of a version.
+    pub fn profile(&self, name: &EnvName, number: u64) -> Result<Option<Profile>> {
+        let profile: Profile = match read_json(&self.profile_path(name, number)) {
+            Err(error) if error.is_not_found() => return Ok(None),
+            profile => profile?,
+        };
         if profile.format != 1 {
             return Err(Error::new(Kind::Unsupported, format!("the profile of {name}@{number} is of a newer format"))
                 .hint("upgrade envfabric on this machine"));
         }
-        Ok(Some((sequence, profile)))
+        Ok(Some(profile))
     }
 
     /// What is known of the starts of another version of `name`, the one whose number is nearest to `number`.
     pub fn profile_like(&self, name: &EnvName, number: u64) -> Result<Option<Profile>> {
-        let numbers = list_names(&self.env_dir(name).join("profiles"))?;
-        let others = numbers.iter().filter_map(|name| name.parse::<u64>().ok()).filter(|other| *other != number);
+        let files = list_names(&self.profiles_dir(name))?;
+        let others = files.iter().filter_map(number_of).filter(|other| *other != number);
         match others.min_by_key(|other| (number.abs_diff(*other), *other > number)) {
-            Some(other) => Ok(self.profile(name, other)?.map(|(_, profile)| profile)),
+            Some(other) => self.profile(name, other),
             None => Ok(None),
         }
     }
@@ -161,21 +157,28 @@ impl Store {
     pub fn add_profile(&self, name: &EnvName, number: u64, start: &Profile) -> Result<Profile> {
         self.require_writable()?;
         self.version(name, number)?;
-        loop {
-            let (sequence, known) = self.profile(name, number)?.unwrap_or_default();
-            if known.is_enough() {
-                return Ok(known);
-            }
-            let mut profile = known.clone().merged(start.clone());
-            if profile.objects == known.objects {
-                profile.starts = profile.starts.max(known.starts + 1);
-            }
-            let path = self.profiles_dir(name, number).join(format!("{}.json", sequence + 1));
-            if publish::bytes(&self.root, &path, &to_json(&profile)?)? {
-                return Ok(profile);
-            }
+        let known = match self.profile(name, number) {
+            // Nothing is lost with it.
+            Err(error) if error.kind() == Kind::Corrupt => None,
+            known => known?,
+        };
+        let known = known.unwrap_or_default();
+        if known.is_enough() {
+            return Ok(known);
         }
+        let mut profile = known.clone().merged(start.clone());
+        if profile.objects == known.objects {
+            profile.starts = profile.starts.max(known.starts + 1);
+        }
+        publish::make_dirs(&self.profiles_dir(name))?;
+        publish::replace(&self.root, &self.profile_path(name, number), &to_json(&profile)?)?;
+        Ok(profile)
     }
+}
+
+/// The version whose profile `file` is.
+fn number_of(file: &String) -> Option<u64> {
+    file.strip_suffix(".json")?.parse().ok()
 }
 
 #[cfg(test)]

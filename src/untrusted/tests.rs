@@ -180,7 +180,7 @@ fn seeds_of(codec: Codec) {
         runs: vec![(0, 1), (2, 3)],
     };
     store.add_profile(&name, 1, &Profile::of_start(vec![touched])).unwrap();
-    keep_document(b'r', "profile", &root.join("envs/demo/a/profiles/1/1.json"));
+    keep_document(b'r', "profile", &root.join("envs/demo/a/profiles/1.json"));
     store.set_policy(&[seed_key().public()]).unwrap();
     keep_document(b'o', "policy", &root.join("policy/1.json"));
     let mut lease = Lease::new(store.clone(), "mount at /envs");

@@ -273,7 +273,7 @@ impl Tree {
 
     fn profile_of(&self, version: u32) -> Result<Option<Profile>> {
         let (env, number) = self.version_slots.key(version).ok_or_else(gone)?;
-        self.within_patience(move |store| Ok(store.profile(&env, number)?.map(|(_, profile)| profile)))
+        self.within_patience(move |store| store.profile(&env, number))
     }
 
     /// What starts of another version touched of the layers that this one has as well.
