@@ -375,9 +375,12 @@ impl Entry {
         run: &Range<usize>,
         order: &Order,
     ) -> Vec<Range<usize>> {
+        if !order.around {
+            return inner.source.pieces(known, file, run);
+        }
         let with_more = |request: Range<usize>| {
             let part = run.start.max(request.start)..run.end.min(request.end);
-            if order.around { lock(&self.state).ask_around(part, &request) } else { part }
+            lock(&self.state).ask_around(part, &request)
         };
         inner.source.requests(known, file, run).into_iter().map(with_more).collect()
     }

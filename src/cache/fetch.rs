@@ -153,13 +153,23 @@ impl Source {
         }
     }
 
-    /// The requests that bring `units` of an object, each with all that it can bring. Any two that ask for the same object
-    /// cut it at the same places, unless the store has become slower or faster in between.
+    /// The requests that bring `units` of an object, each with all that it can bring.
     pub(super) fn requests(&self, known: &Known, file: &ObjectFile, units: &Range<usize>) -> Vec<Range<usize>> {
         match known.units {
             Units::Whole => vec![units.clone()],
             Units::Chunks(_) => self.requests_for(file, units),
         }
+    }
+
+    /// The requests that bring `units` of an object and nothing else.
+    pub(super) fn pieces(&self, known: &Known, file: &ObjectFile, units: &Range<usize>) -> Vec<Range<usize>> {
+        if let Units::Whole = known.units {
+            return vec![units.clone()];
+        }
+        let most = self.at_once();
+        let end = |first: usize| (file.reach(first as u64) as usize).min(first + most).min(units.end);
+        let firsts = std::iter::successors(Some(units.start), |first| Some(end(*first)));
+        firsts.take_while(|first| *first < units.end).map(|first| first..end(first)).collect()
     }
 
     fn requests_for(&self, file: &ObjectFile, chunks: &Range<usize>) -> Vec<Range<usize>> {

@@ -255,7 +255,7 @@ impl ObjectFile {
     }
 
     /// The end of the chunks from `first` on that one request of a network file system brings together.
-    fn reach(&self, first: u64) -> u64 {
+    pub fn reach(&self, first: u64) -> u64 {
         // The head is there already.
         let head = self.packed.as_ref().map_or(0, |packed| packed.head.len() as u64);
         let begin = self.start(first).unwrap_or_default().max(head) / PAGE * PAGE;
