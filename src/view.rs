@@ -59,7 +59,7 @@ use crate::environment::{Digest, EnvName, Version};
 use crate::error::{Error, Kind, Result};
 use crate::store::{Catalog, Index, LayerDoc, LayerKind, Node, Place, Row, RowId, ScannedKind, Store};
 use attrs::{lasting_dir, lasting_file, moving_dir, of_workflow, row_attr};
-use bytes::{Location, Objects};
+use bytes::{Location, Needed, Objects};
 pub use keys::Logs;
 use keys::NameKey;
 use leases::Leases;
@@ -211,8 +211,8 @@ pub struct Tree {
     offer_imports: bool,
     objects: Objects,
     cache: Option<Arc<Cache>>,
-    /// Packs of which the part that programs need was asked for.
-    begun: Lru<crate::store::Object, ()>,
+    /// Objects of which the part that programs need was asked for.
+    begun: Lru<crate::store::Object, Needed>,
     starts: Starts,
     leases: Arc<Leases>,
     /// Note what starts read, for the profiles of versions.

@@ -7,14 +7,17 @@ mod common;
 mod nas_client;
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::{Fixture, SITE, file, noise, until};
 use envfabric::cache;
+use envfabric::environment::Digest;
 use envfabric::mount::{self, Mounted, Options, mount as mount_store, stats, warm};
 use envfabric::store::{CHUNK_SIZE, Index, Store};
 use nas_client::{Nas, no_nas_because};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 /// A store that was made locally, behind a NAS, with an environment of three packages and a large file in each.
 struct Behind {
@@ -129,6 +132,48 @@ fn what_a_first_start_reads_is_brought_to_the_next_cold_node_when_python_is_foll
     }
     let enough = behind.store().profile(&behind.fixture.name("demo/a"), 1).unwrap().unwrap();
     assert!(enough.is_enough() && enough.objects == profile.objects, "{enough:#?}");
+}
+
+#[test]
+fn where_a_profile_tells_what_is_needed_nothing_is_brought_by_guessing() {
+    needs_a_nas!();
+    let behind = Behind::new();
+    let model = noise(20 << 20, 7);
+    let blob = format!("store/blobs/{}", Digest::of(&model));
+    let large = behind.fixture.layer("large", vec![file(format!("{SITE}/model.bin"), model.clone())]);
+    behind.fixture.publish("demo/b", vec![large]);
+    let version = |node: &Node| node.root().join("demo/b/.versions/1/.venv");
+    let begin = |node: &Node| drop(fs::read_link(version(node).join("bin/python")).unwrap());
+    // In order, but not to the end.
+    let read = |node: &Node| {
+        let file = fs::File::open(version(node).join(SITE).join("model.bin")).unwrap();
+        for part in model.chunks(128 << 10).take(24).enumerate() {
+            let mut bytes = vec![0; part.1.len()];
+            file.read_exact_at(&mut bytes, (part.0 * part.1.len()) as u64).unwrap();
+            assert_eq!(bytes, part.1);
+        }
+    };
+    let brought = || behind.nas.command("reads")["files"][&blob]["bytes"].as_u64().unwrap();
+    let first = behind.node("first");
+    begin(&first);
+    read(&first);
+    first.end();
+    let guessed = brought();
+    let profile = behind.store().profile(&behind.fixture.name("demo/b"), 1).unwrap().unwrap();
+    let needed: u64 = profile.objects.iter().filter(|o| o.size == model.len() as u64).map(|o| o.bytes()).sum();
+    assert!((3 << 20..guessed).contains(&needed), "{needed} of {guessed}");
+
+    // The client has them in memory, as both nodes are this machine.
+    let there = fs::File::open(behind.nas.mount().join(&blob)).unwrap();
+    posix_fadvise(&there, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    drop(there);
+    behind.nas.command("reset");
+    let second = behind.node("second");
+    begin(&second);
+    until("all of the profile is here", || second.cache_stats().unpacked_bytes >= profile.bytes());
+    read(&second);
+    second.end();
+    assert_eq!(brought(), needed);
 }
 
 #[test]

@@ -188,7 +188,7 @@ impl Entry {
         let may_wait = patience::may_wait();
         let hastened = state.hasten(&wanted, may_wait);
         if !may_wait {
-            let runs = state.ask(wanted.clone());
+            let runs = state.ask_now(wanted.clone());
             drop(state);
             do_now(hastened);
             self.set_off(inner, &known, runs, &Order::of(&wanted));
@@ -196,7 +196,7 @@ impl Entry {
         }
         let begun = Instant::now();
         state.expect(wanted.clone());
-        let runs = state.ask(wanted.clone());
+        let runs = state.ask_now(wanted.clone());
         drop(state);
         let mut asked = !runs.is_empty();
         self.set_off(inner, &known, runs, &Order::of(&wanted));
@@ -233,7 +233,7 @@ impl Entry {
             if let Some(failure) = failed {
                 return Err(Error::new(failure.kind, failure.what.clone()));
             }
-            let runs = state.ask(wanted.clone());
+            let runs = state.ask_now(wanted.clone());
             if !runs.is_empty() {
                 drop(state);
                 self.set_off(inner, known, runs, &Order::of(wanted));
@@ -286,6 +286,7 @@ impl Entry {
         range.clone().for_each(|at| self.prove(inner, &known, &mut state, at));
         let all = !range.clone().any(|at| state.units[at] == Unit::Loose);
         let runs = state.ask(range);
+        state.told |= !order.around;
         drop(state);
         self.set_off(inner, &known, runs, order);
         all

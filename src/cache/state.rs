@@ -150,6 +150,8 @@ pub(super) struct State {
     /// Readers that go through the object, the one that went on last first: whoever maps a library goes through its
     /// relocations and what they change at the same time.
     streams: [Stream; 4],
+    /// What will be needed of it was asked for: nothing is asked for by guessing until somebody misses something.
+    pub(super) told: bool,
 }
 
 impl State {
@@ -191,6 +193,13 @@ impl State {
             }
             at += run.max(1);
         }
+        runs
+    }
+
+    /// The same for units that somebody waits for.
+    pub(super) fn ask_now(&mut self, range: Range<usize>) -> Vec<Range<usize>> {
+        let runs = self.ask(range);
+        self.told &= runs.is_empty();
         runs
     }
 
@@ -267,8 +276,8 @@ impl State {
 
     /// What to ask for ahead of a reader that goes through the object and has just read `wanted`.
     pub(super) fn go_on_ahead(&mut self, wanted: &Range<usize>) -> Vec<Range<usize>> {
-        if self.streams.iter().any(|stream| stream.next == wanted.end) {
-            return Vec::new(); // within the unit that was read last
+        if self.told || self.streams.iter().any(|stream| stream.next == wanted.end) {
+            return Vec::new(); // or within the unit that was read last
         }
         let goes_on = |stream: &Stream| stream.next > 0 && (stream.next - 1..=stream.next).contains(&wanted.start);
         let Some(at) = self.streams.iter().position(goes_on) else {
@@ -308,6 +317,11 @@ mod tests {
             }
         }
         assert!(asked.iter().all(|asked| (40..80).contains(asked)), "{asked:?}");
+        // Where it is known what is needed nobody is, until something is missed.
+        let mut state = State { told: true, ..State::of(1000) };
+        assert!((0..50).all(|at| state.go_on_ahead(&(at..at + 1)).is_empty()));
+        assert_eq!(state.ask_now(50..51), [50..51]);
+        assert!((51..60).any(|at| !state.go_on_ahead(&(at..at + 1)).is_empty()));
         // Who jumps about is not followed.
         let mut state = State::of(1000);
         assert!((0..50).all(|n| state.go_on_ahead(&(n * 17 % 999..n * 17 % 999 + 1)).is_empty()));

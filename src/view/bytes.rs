@@ -42,6 +42,14 @@ impl Location {
     }
 }
 
+/// How it was found out what is needed of an object that is being used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Needed {
+    /// A profile tells: then nothing else is asked for before it is read.
+    Known,
+    Guessed,
+}
+
 impl Tree {
     /// Up to `size` bytes of the file at `at` from `offset` on; fewer only at its end.
     ///
@@ -67,13 +75,14 @@ impl Tree {
             (Some(cache), Some(layer)) => {
                 let chunks = || self.with_catalog(layer, |catalog| catalog.chunks(&at.object.digest, at.object.size));
                 let read = cache.read(&at.object, chunks, position, size);
-                if at.object.room == Room::Packs && self.begun.get(&at.object).is_none() && !self.is_preparing() {
+                let begun = self.begun.get(&at.object);
+                if at.object.room == Room::Packs && begun.is_none() && !self.is_preparing() {
                     let hot = self.layer_doc(layer)?.pack_hot.div_ceil(CHUNK_SIZE);
                     cache.ask_around(&at.object, chunks, 0, hot)?;
-                    self.begun.put(at.object, ());
+                    self.begun.put(at.object, Needed::Guessed);
                 }
                 let bytes = read?;
-                if offset == 0 && size < at.size {
+                if offset == 0 && size < at.size && begun != Some(Needed::Known) {
                     for range in loading::ranges(&bytes) {
                         let first = (at.offset + range.start) / CHUNK_SIZE;
                         let end = (at.offset + range.end.min(at.size)).div_ceil(CHUNK_SIZE);

@@ -318,6 +318,7 @@ impl Tree {
                     guessed
                 }
             };
+            known.iter().for_each(|touched| self.begun.put(touched.object(), Needed::Known));
             for touched in &known {
                 // Without room, what is brought would be gone before it is asked for.
                 if !self.ask_for(cache, touched)? {
@@ -332,7 +333,7 @@ impl Tree {
     fn ask_for(&self, cache: &Cache, touched: &Touched) -> Result<bool> {
         let object = touched.object();
         let chunks = || self.chunks_of(touched);
-        self.begun.put(object, ());
+        self.begun.put(object, Needed::Known);
         for (first, end) in &touched.runs {
             if self.starts.ended.load(Ordering::Relaxed) || !cache.ask_ahead(&object, chunks, *first, *end, AHEAD)? {
                 return Ok(false);
