@@ -320,7 +320,7 @@ mod tests {
         // Where it is known what is needed nobody is, until something is missed.
         let mut state = State { told: true, ..State::of(1000) };
         assert!((0..50).all(|at| state.go_on_ahead(&(at..at + 1)).is_empty()));
-        assert_eq!(state.ask_now(50..51), [50..51]);
+        assert_eq!(state.ask_now(50..52).first(), Some(&(50..52)));
         assert!((51..60).any(|at| !state.go_on_ahead(&(at..at + 1)).is_empty()));
         // Who jumps about is not followed.
         let mut state = State::of(1000);

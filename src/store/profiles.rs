@@ -1,9 +1,9 @@
 //! Profiles: what of a version its programs touched when they started.
 //!
-//! `envs/<workflow>/<node>/profiles/<n>.json`, which the union with another start replaces: of all documents of a store the
-//! only ones that change under their name. Nothing needs them: a profile that is lost or wrong makes a first start slower,
-//! or brings bytes that are not used, and of two starts that are added at the same time one may be lost. A name that can be
-//! told costs a cold node three requests less than a directory to be listed.
+//! `envs/<workflow>/<node>/profiles/<n>.json`, which the union with another start replaces: beside `fabric.json` the
+//! only documents that change under their name. Nothing needs them: a profile that is lost or wrong makes a first start
+//! slower, or brings bytes that are not used, and of two starts that are added at the same time one may be lost. A name that
+//! can be told costs a cold node three requests less than a directory to be listed.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -145,7 +145,7 @@ impl Store {
     /// What is known of the starts of another version of `name`, the one whose number is nearest to `number`.
     pub fn profile_like(&self, name: &EnvName, number: u64) -> Result<Option<Profile>> {
         let files = list_names(&self.profiles_dir(name))?;
-        let others = files.iter().filter_map(number_of).filter(|other| *other != number);
+        let others = files.iter().filter_map(|file| number_of(file)).filter(|other| *other != number);
         match others.min_by_key(|other| (number.abs_diff(*other), *other > number)) {
             Some(other) => self.profile(name, other),
             None => Ok(None),
@@ -177,7 +177,7 @@ impl Store {
 }
 
 /// The version whose profile `file` is.
-fn number_of(file: &String) -> Option<u64> {
+fn number_of(file: &str) -> Option<u64> {
     file.strip_suffix(".json")?.parse().ok()
 }
 

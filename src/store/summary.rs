@@ -25,6 +25,9 @@ const RATIO_MAX: u64 = 64;
 /// The logarithm of what the unpacker keeps at most, in bytes: what the level that summaries are written with uses.
 const WINDOW_LOG_MAX: u32 = 23;
 
+/// Catalogs one after the other, by their digest.
+pub(super) type Bundles = HashMap<Digest, Vec<u8>>;
+
 impl From<&Summary> for Object {
     fn from(summary: &Summary) -> Object {
         Object { room: Room::Blobs, digest: summary.blob, size: summary.size }
@@ -80,7 +83,7 @@ impl Store {
     }
 
     /// The documents, which say where in which bundle their catalogs are; and the bundles.
-    pub(super) fn bundled(&self, docs: &[LayerDoc]) -> Result<(Vec<LayerDoc>, HashMap<Digest, Vec<u8>>)> {
+    pub(super) fn bundled(&self, docs: &[LayerDoc]) -> Result<(Vec<LayerDoc>, Bundles)> {
         let mut all = [Vec::new(), Vec::new()];
         let mut starts = Vec::with_capacity(docs.len());
         for doc in docs {
